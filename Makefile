@@ -1,0 +1,32 @@
+# The commands a newcomer and CI need. `make` alone lists them.
+.PHONY: help up build test lint bench proof-split proof-faults clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+up: ## build Baton and run a whole cluster with the demo model on this machine
+	cargo run --release --locked --bin baton -- up $(ARGS)
+
+build: ## build the release binary: target/release/baton
+	cargo build --release --locked --bin baton
+
+test: ## install what tests need and is absent, then run all of them
+	bash tests/install
+	PATH="$(CURDIR)/target/tools/bin:$$PATH" cargo test --workspace --locked $(ARGS)
+
+lint: ## formatting and clippy, warnings denied
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+bench: build ## measure the demo model on this machine: single-stream decode, 512-token prompts
+	bash tests/bench
+
+proof-split: ## split equals whole at full size: 200 prompts in every arrangement
+	BATON_PROOF=split cargo test --locked -p tests -- split --nocapture
+
+proof-faults: ## kill workers and etcd under load, all of etcd gone for a minute
+	bash tests/install
+	BATON_PROOF=faults PATH="$(CURDIR)/target/tools/bin:$$PATH" cargo test --locked -p tests -- faults membership --nocapture
+
+clean: ## remove what was built
+	cargo clean

@@ -1,0 +1,24 @@
+//! The engine of a worker: sequences, continuous batching, chunked prefill, prefix cache, preemption,
+//! over an [`Executor`] that runs the steps. A synchronous state machine (`core`) inside a small
+//! asynchronous driver; services talk to it through [`EngineHandle`]. Knows no gRPC, no etcd, no text.
+
+mod config;
+mod core;
+mod driver;
+mod executor;
+#[cfg(test)]
+mod fake;
+mod handle;
+mod model_executor;
+pub mod policy;
+mod sequence;
+#[cfg(test)]
+mod tests;
+
+pub use config::{EngineConfig, Role, StepKind, StepRecord};
+pub use core::SequenceId;
+pub use driver::{drive, spawn};
+pub use executor::{Executor, ExecutorError, Limits, StepOutput};
+pub use handle::{EngineHandle, Offers, Reservation, Running};
+pub use model_executor::ModelExecutor;
+pub use sequence::{ComputedBlock, EngineLoad, Event, Finish, FirstToken, Refused, SequenceSpec};

@@ -1,0 +1,192 @@
+//! The executor that runs a model. One thread owns the runner and takes steps, KV reads and KV writes in the order in which
+//! they were asked for, which is all the ordering the seams demand.
+
+use crate::{Executor, ExecutorError, Limits, StepOutput};
+use bytes::Bytes;
+use kernels::{Backend, StepInput};
+use kv::{BlockId, KvError, KvLayout, KvMemory, Reply, StepId, Transfer};
+use model::{Launched, ModelRunner};
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
+    },
+    thread,
+    time::Instant,
+};
+use tokio::sync::mpsc;
+
+/// Steps, reads and writes on their way to the device thread. Two steps are in flight and transfers are bounded by the
+/// pool's blocks, so a full queue means a device that is far behind: then asking waits.
+const COMMANDS: usize = 1024;
+
+pub struct ModelExecutor {
+    commands: SyncSender<Command>,
+    outputs: mpsc::UnboundedReceiver<Result<StepOutput, ExecutorError>>,
+    submitted: StepId,
+    limits: Limits,
+    memory: Arc<ModelMemory>,
+}
+
+enum Command {
+    Step(StepId, StepInput),
+    Read(BlockId, u32, Reply<Bytes>),
+    Write(BlockId, u32, Bytes, Reply<()>),
+}
+
+impl ModelExecutor {
+    /// Moves the runner to a thread of its own.
+    pub fn new<B: Backend>(runner: ModelRunner<B>) -> std::io::Result<Self> {
+        let shape = runner.shape();
+        let limits = Limits {
+            max_sequences: shape.max_sequences,
+            max_step_tokens: shape.max_step_tokens,
+            max_context: shape.max_context,
+            vocab_size: shape.vocab,
+        };
+        let (layout, blocks) = (runner.layout(), shape.blocks);
+        let (commands, received) = sync_channel(COMMANDS);
+        // At most `IN_FLIGHT` outputs are ever uncollected.
+        let (sender, outputs) = mpsc::unbounded_channel();
+        let device = Device { runner, flying: VecDeque::new(), outputs: sender };
+        thread::Builder::new().name("device".to_owned()).spawn(move || device.run(&received))?;
+        let memory = Arc::new(ModelMemory { commands: commands.clone(), layout, blocks });
+        Ok(ModelExecutor { commands, outputs, submitted: 0, limits, memory })
+    }
+}
+
+impl Executor for ModelExecutor {
+    fn submit(&mut self, step: StepInput) -> Result<StepId, ExecutorError> {
+        self.submitted += 1;
+        match self.commands.send(Command::Step(self.submitted, step)) {
+            Ok(()) => Ok(self.submitted),
+            Err(_) => Err(gone()),
+        }
+    }
+
+    async fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        self.outputs.recv().await.unwrap_or_else(|| Err(gone()))
+    }
+
+    fn kv_memory(&self) -> Arc<dyn KvMemory> {
+        self.memory.clone()
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+}
+
+fn gone() -> ExecutorError {
+    ExecutorError("the device thread has ended; the log says why".to_owned())
+}
+
+struct Device<B: Backend> {
+    runner: ModelRunner<B>,
+    flying: VecDeque<(StepId, Launched<B>, Instant)>,
+    outputs: mpsc::UnboundedSender<Result<StepOutput, ExecutorError>>,
+}
+
+impl<B: Backend> Device<B> {
+    /// Until everybody who could ask is gone, or the device fails.
+    fn run(mut self, commands: &Receiver<Command>) {
+        if let Err(error) = self.serve(commands) {
+            tracing::error!(%error, "the device failed");
+            let _ = self.outputs.send(Err(ExecutorError(error.to_string())));
+        }
+    }
+
+    fn serve(&mut self, commands: &Receiver<Command>) -> Result<(), kernels::Error> {
+        loop {
+            let command = match self.flying.is_empty() {
+                true => commands.recv().map_err(|_| TryRecvError::Disconnected),
+                false => commands.try_recv(),
+            };
+            match command {
+                Ok(command) => self.take(command)?,
+                Err(TryRecvError::Empty) => self.finish_oldest()?,
+                Err(TryRecvError::Disconnected) => return Ok(()),
+            }
+        }
+    }
+
+    fn take(&mut self, command: Command) -> Result<(), kernels::Error> {
+        match command {
+            Command::Step(step, input) => return self.launch(step, &input),
+            Command::Read(block, rows, reply) => self.runner.kv_read(block, rows, reply),
+            Command::Write(block, rows, payload, reply) => self.runner.kv_write(block, rows, payload, reply),
+        }
+        Ok(())
+    }
+
+    /// What is done already, as every step of a CPU is, is answered before anything else is taken.
+    fn launch(&mut self, step: StepId, input: &StepInput) -> Result<(), kernels::Error> {
+        let began = Instant::now();
+        let launched = self.runner.launch(input)?;
+        self.flying.push_back((step, launched, began));
+        while let Some((_, oldest, _)) = self.flying.front() {
+            let full = self.flying.len() >= ModelExecutor::IN_FLIGHT;
+            if !full && !self.runner.is_done(oldest) {
+                break;
+            }
+            self.finish_oldest()?;
+        }
+        Ok(())
+    }
+
+    fn finish_oldest(&mut self) -> Result<(), kernels::Error> {
+        if let Some((step, launched, began)) = self.flying.pop_front() {
+            let entries = self.runner.finish(launched)?;
+            let _ = self.outputs.send(Ok(StepOutput { step, entries, elapsed: began.elapsed() }));
+        }
+        Ok(())
+    }
+}
+
+/// The pool's bytes, through the same queue as the steps: whatever was submitted before is done before.
+struct ModelMemory {
+    commands: SyncSender<Command>,
+    layout: KvLayout,
+    blocks: u32,
+}
+
+impl ModelMemory {
+    /// If the device is gone, so is the reply, which tells whoever waits.
+    fn ask<T>(&self, block: BlockId, command: impl FnOnce(Reply<T>) -> Command) -> Transfer<T> {
+        if block >= self.blocks {
+            return failed(KvError::NoSuchBlock { block, blocks: self.blocks });
+        }
+        let (reply, transfer) = kv::transfer();
+        let _ = self.commands.send(command(reply));
+        transfer
+    }
+}
+
+impl KvMemory for ModelMemory {
+    fn layout(&self) -> KvLayout {
+        self.layout
+    }
+
+    fn blocks(&self) -> u32 {
+        self.blocks
+    }
+
+    fn read(&self, block: BlockId, rows: u32, _after: StepId) -> Transfer<Bytes> {
+        self.ask(block, |reply| Command::Read(block, rows, reply))
+    }
+
+    fn write(&self, block: BlockId, rows: u32, payload: Bytes, _after: StepId) -> Transfer<()> {
+        let (expected, found) = (self.layout.payload_bytes(rows), payload.len());
+        if expected != found {
+            return failed(KvError::WrongLength { rows, expected, found });
+        }
+        self.ask(block, |reply| Command::Write(block, rows, payload, reply))
+    }
+}
+
+fn failed<T>(error: KvError) -> Transfer<T> {
+    let (reply, transfer) = kv::transfer();
+    let _ = reply.send(Err(error));
+    transfer
+}

@@ -1,0 +1,127 @@
+//! The whole engine over the fake executor.
+
+mod cancel;
+mod handoff;
+mod limits;
+mod schedule;
+mod whole;
+
+use crate::{
+    EngineConfig, EngineHandle, Event, Finish, Role, Running, SequenceSpec, drive,
+    fake::{Fake, FakeMemory, mix, next_token},
+};
+use kernels::{SampledToken, Sampling};
+use std::{sync::Arc, time::Duration};
+
+const VOCAB: u32 = 97;
+
+/// An engine as a task of the test's runtime.
+fn start(fake: &Fake, config: EngineConfig) -> EngineHandle {
+    start_watched(fake, config).0
+}
+
+fn start_watched(fake: &Fake, config: EngineConfig) -> (EngineHandle, Arc<FakeMemory>) {
+    let executor = fake.start();
+    let memory = executor.memory();
+    let (handle, engine) = drive(executor, config);
+    tokio::spawn(engine);
+    (handle, memory)
+}
+
+fn role(role: Role) -> EngineConfig {
+    EngineConfig { role, max_sequences: 8, max_step_tokens: 16, ..EngineConfig::default() }
+}
+
+/// `len` tokens of a family: equal families share their beginnings.
+fn prompt(family: u64, len: usize) -> Vec<u32> {
+    (0..len as u64).map(|at| (mix(family, at) % u64::from(VOCAB)) as u32).collect()
+}
+
+fn spec(tokens: Vec<u32>, max_tokens: usize) -> SequenceSpec {
+    SequenceSpec {
+        request_id: "test".to_owned(),
+        prompt_len: tokens.len(),
+        tokens,
+        sampling: Sampling { seed: 7, logprobs: Some(0), ..Sampling::default() },
+        max_tokens,
+        stop_ids: vec![3],
+        priority: 0,
+        forced: None,
+    }
+}
+
+/// What a sequence must answer, by definition.
+fn answer(spec: &SequenceSpec) -> (Vec<SampledToken>, Finish) {
+    let mut tokens = spec.tokens.clone();
+    let mut output = Vec::new();
+    loop {
+        let token = next_token(&tokens, spec.prompt_len, &spec.sampling, VOCAB);
+        let id = token.id;
+        output.push(token);
+        tokens.push(id);
+        if spec.stop_ids.contains(&id) {
+            return (output, Finish::Stop(id));
+        }
+        if tokens.len() - spec.prompt_len >= spec.max_tokens {
+            return (output, Finish::Length);
+        }
+    }
+}
+
+/// How a sequence ended.
+#[derive(Debug, PartialEq)]
+enum End {
+    Finished(Finish),
+    Preempted,
+    Failed(String),
+}
+
+#[derive(Debug, Default)]
+struct Heard {
+    cached_tokens: Option<usize>,
+    tokens: Vec<SampledToken>,
+    prompt_logprobs: Vec<u32>,
+    end: Option<End>,
+}
+
+/// Listens to the end; tokens must come in order, from position `first` on.
+async fn listen(running: &mut Running, first: usize) -> Heard {
+    let mut heard = Heard::default();
+    while let Some(event) = running.events.recv().await {
+        assert!(heard.end.is_none(), "nothing comes after the end");
+        match event {
+            Event::Started { cached_tokens } => assert!(heard.cached_tokens.replace(cached_tokens).is_none()),
+            Event::Token { position, token } => {
+                assert_eq!(position as usize, first + heard.tokens.len());
+                heard.tokens.push(token);
+            }
+            Event::PromptLogprob { position, .. } => heard.prompt_logprobs.push(position),
+            Event::Computed { .. } => {}
+            Event::Finished(finish) => heard.end = Some(End::Finished(finish)),
+            Event::Preempted => heard.end = Some(End::Preempted),
+            Event::Failed(cause) => heard.end = Some(End::Failed(cause)),
+        }
+    }
+    heard
+}
+
+/// Generates and compares with the definition.
+async fn generate_exactly(engine: &EngineHandle, spec: SequenceSpec) -> Heard {
+    let (tokens, finish) = answer(&spec);
+    let first = spec.tokens.len();
+    let heard = listen(&mut engine.generate(spec).await.expect("taken"), first).await;
+    assert_eq!(heard.tokens, tokens);
+    assert_eq!(heard.end, Some(End::Finished(finish)));
+    heard
+}
+
+/// Nothing may be held once nothing runs.
+async fn assert_idle(engine: &EngineHandle) {
+    let counts = engine.check_pool().await.expect("the pool is consistent");
+    assert_eq!((counts.held, counts.quarantined), (0, 0), "{counts:?}");
+    assert_eq!(counts.free + counts.cached, counts.total);
+}
+
+async fn pass(time: Duration) {
+    tokio::time::sleep(time).await;
+}

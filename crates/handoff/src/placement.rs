@@ -1,0 +1,249 @@
+//! One placement of a sequence on a prefill and a decode member, as the router sees it: a pure state machine.
+//! It keeps that the client is given the first token exactly once, that no second prefill is asked before
+//! decode has fenced the first, and that whatever ends lets go of both sides. Does no I/O and has no clock.
+//!
+//! | state      | event                        | next       | actions                                              |
+//! |------------|------------------------------|------------|------------------------------------------------------|
+//! | Reserving  | Reserved                     | Prefilling | AskPrefill                                           |
+//! | Reserving  | LocalPrefill                 | Decoding   | — (role both: decode prefills, its tokens are all)   |
+//! | Prefilling | FirstToken                   | same       | First, unless it was given already                   |
+//! | Prefilling | Delivered                    | Delivered  | —                                                    |
+//! | Prefilling, Delivered | Decoding          | Decoding   | First, if prefill never told it                      |
+//! | Prefilling | PrefillLost, tries left      | Advancing  | DropPrefill, Advance                                 |
+//! | Prefilling | PrefillLost, none left or not retryable | Ended | DropPrefill, DropDecode, End(PrefillLost)      |
+//! | Delivered  | PrefillLost                  | Delivered  | — (its work is done)                                 |
+//! | Advancing  | Advanced                     | Prefilling | AskPrefill with what is accepted and what is forced  |
+//! | Advancing  | AlreadyComplete              | Delivered  | —                                                    |
+//! | Advancing  | Decoding                     | Decoding   | First, if prefill never told it                      |
+//! | Decoding   | Token                        | Decoding   | Forward                                              |
+//! | any living | Finished                     | Ended      | DropPrefill, End(Finished)                           |
+//! | any living | Preempted                    | Ended      | DropPrefill, End(Preempted): continue elsewhere      |
+//! | any living | DecodeLost                   | Ended      | DropPrefill, DropDecode, End(DecodeLost)             |
+//! | any living | Cancel                       | Ended      | DropPrefill, DropDecode, End(Cancelled)              |
+//! | any living | anything out of its place    | Ended      | DropPrefill, DropDecode, End(Protocol)               |
+//! | any        | message of a prefill given up| same       | —                                                    |
+//! | Ended      | any                          | Ended      | —                                                    |
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    Reserved {
+        reservation: u64,
+        epoch: u32,
+        present: u32,
+    },
+    LocalPrefill,
+    /// From the prefill asked in `epoch`.
+    FirstToken {
+        epoch: u32,
+        token: u32,
+    },
+    Delivered {
+        epoch: u32,
+    },
+    /// Its stream failed, fell silent, or reported an error.
+    PrefillLost {
+        epoch: u32,
+        retryable: bool,
+    },
+    Advanced {
+        epoch: u32,
+        accepted: Vec<u32>,
+    },
+    AlreadyComplete,
+    /// With the first token as decode has it from the commit.
+    Decoding {
+        token: u32,
+    },
+    Token,
+    Finished,
+    Preempted,
+    DecodeLost,
+    Cancel,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// Choose a prefill member and ask it. `forced`: the client has seen this first token.
+    AskPrefill {
+        reservation: u64,
+        epoch: u32,
+        present: u32,
+        accepted: Vec<u32>,
+        forced: Option<u32>,
+    },
+    Advance {
+        reservation: u64,
+        epoch: u32,
+    },
+    /// Give the client the first token.
+    First {
+        token: u32,
+    },
+    /// Give the client the token just received from decode.
+    Forward,
+    DropPrefill,
+    DropDecode,
+    End(End),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum End {
+    Finished,
+    /// Not a failure: continue elsewhere.
+    Preempted,
+    PrefillLost,
+    DecodeLost,
+    Cancelled,
+    /// A worker said what it could not say in this state.
+    Protocol,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum State {
+    Reserving,
+    Prefilling,
+    Delivered,
+    Advancing,
+    Decoding,
+    Ended,
+}
+
+/// One attempt; see the table above.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Placement {
+    state: State,
+    reservation: u64,
+    epoch: u32,
+    present: u32,
+    /// The first token after the sequence, once the client has it.
+    first: Option<u32>,
+    prefilling: bool,
+    /// Prefills that may still be asked.
+    tries: u32,
+}
+
+impl Placement {
+    /// `prefills`: how many prefill members may be tried. `seen`: the first token, if an earlier attempt gave it.
+    pub fn new(prefills: u32, seen: Option<u32>) -> Self {
+        Placement {
+            state: State::Reserving,
+            reservation: 0,
+            epoch: 0,
+            present: 0,
+            first: seen,
+            prefilling: false,
+            tries: prefills,
+        }
+    }
+
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    pub fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// The first token, once the client has it.
+    pub fn first(&self) -> Option<u32> {
+        self.first
+    }
+
+    pub fn on(&mut self, event: Event) -> Vec<Action> {
+        if self.state == State::Ended || self.is_stale(&event) {
+            return Vec::new();
+        }
+        match event {
+            Event::Finished => self.end(End::Finished),
+            Event::Preempted => self.end(End::Preempted),
+            Event::DecodeLost => self.end(End::DecodeLost),
+            Event::Cancel => self.end(End::Cancelled),
+            event => self.proceed(event),
+        }
+    }
+
+    /// A prefill that was given up may still be heard; it means nothing any more.
+    fn is_stale(&self, event: &Event) -> bool {
+        match event {
+            Event::FirstToken { epoch, .. }
+            | Event::Delivered { epoch }
+            | Event::PrefillLost { epoch, .. } => *epoch != self.epoch || !self.prefilling,
+            _ => false,
+        }
+    }
+
+    fn proceed(&mut self, event: Event) -> Vec<Action> {
+        use State::*;
+        match (self.state, event) {
+            (Reserving, Event::Reserved { reservation, epoch, present }) => {
+                (self.reservation, self.present) = (reservation, present);
+                self.ask(epoch, Vec::new())
+            }
+            (Reserving, Event::LocalPrefill) => self.enter(Decoding),
+            (_, Event::FirstToken { token, .. }) => self.give(token),
+            (Prefilling, Event::Delivered { .. }) => self.enter(Delivered),
+            (Delivered | Decoding, Event::Delivered { .. }) => Vec::new(),
+            (Prefilling, Event::PrefillLost { retryable, .. }) => self.prefill_lost(retryable),
+            (Delivered | Decoding, Event::PrefillLost { .. }) => self.release_prefill(),
+            (Advancing, Event::Advanced { epoch, accepted }) => self.ask(epoch, accepted),
+            (Advancing, Event::AlreadyComplete) => self.enter(Delivered),
+            (Decoding, Event::AlreadyComplete) => Vec::new(),
+            (Prefilling | Delivered | Advancing, Event::Decoding { token }) => {
+                self.state = Decoding;
+                self.give(token)
+            }
+            (Decoding, Event::Token) => vec![Action::Forward],
+            _ => self.end(End::Protocol),
+        }
+    }
+
+    fn enter(&mut self, state: State) -> Vec<Action> {
+        self.state = state;
+        Vec::new()
+    }
+
+    fn give(&mut self, token: u32) -> Vec<Action> {
+        if self.first.is_some() {
+            return Vec::new();
+        }
+        self.first = Some(token);
+        vec![Action::First { token }]
+    }
+
+    fn ask(&mut self, epoch: u32, accepted: Vec<u32>) -> Vec<Action> {
+        self.state = State::Prefilling;
+        self.epoch = epoch;
+        self.prefilling = true;
+        self.tries = self.tries.saturating_sub(1);
+        let (reservation, present, forced) = (self.reservation, self.present, self.first);
+        vec![Action::AskPrefill { reservation, epoch, present, accepted, forced }]
+    }
+
+    fn prefill_lost(&mut self, retryable: bool) -> Vec<Action> {
+        if !retryable || self.tries == 0 {
+            return self.end(End::PrefillLost);
+        }
+        let mut actions = self.release_prefill();
+        self.state = State::Advancing;
+        actions.push(Action::Advance { reservation: self.reservation, epoch: self.epoch });
+        actions
+    }
+
+    fn release_prefill(&mut self) -> Vec<Action> {
+        if std::mem::take(&mut self.prefilling) { vec![Action::DropPrefill] } else { Vec::new() }
+    }
+
+    fn end(&mut self, end: End) -> Vec<Action> {
+        self.state = State::Ended;
+        let mut actions = self.release_prefill();
+        if !matches!(end, End::Finished | End::Preempted) {
+            actions.push(Action::DropDecode);
+        }
+        actions.push(Action::End(end));
+        actions
+    }
+}
+
+#[cfg(test)]
+#[path = "placement_tests.rs"]
+mod tests;

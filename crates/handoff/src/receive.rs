@@ -1,0 +1,389 @@
+//! Drives a [`Receiver`]: one [`Incoming`] for each reservation, owned by the task that serves the router's
+//! call, fed by the delivery streams through a bounded [`Inbox`]. Checks epoch, fingerprints, rows and digest
+//! before a byte is written, and writes only through [`KvMemory`]. Knows neither engine nor sockets.
+
+use crate::{
+    deliver::landed,
+    digest::Binding,
+    receiver::{Action, Answer, Event, Patience, Receiver, Reply, State},
+};
+use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use kv::{BlockId, KvError, KvMemory, StepId};
+use proto::{ErrorCode, deliver_reply::Reply as Wire};
+use std::{sync::Arc, time::Duration};
+use tokio::{sync::mpsc, time::Instant};
+
+/// Messages that may wait for one reservation; each carries at most one block.
+const INBOX: usize = 4;
+/// Writes in flight beyond which no more messages are taken in.
+const MOST_WRITES: usize = 64;
+/// How long to sleep when nothing is due.
+const NO_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+
+/// Index and bytes of a block, and how its copy ended.
+type Write = BoxFuture<'static, (u32, u64, Result<(), KvError>)>;
+
+pub(crate) type Replies = mpsc::Sender<Result<proto::DeliverReply, tonic::Status>>;
+
+/// Where a delivery stream puts what it hears. Cheap to clone; closed when the reservation has ended.
+#[derive(Clone)]
+pub struct Inbox(mpsc::Sender<Parcel>);
+
+pub(crate) struct Parcel {
+    pub epoch: u32,
+    pub content: Content,
+    pub replies: Replies,
+}
+
+pub(crate) enum Content {
+    Open(proto::DeliverOpen),
+    Offer(proto::Offer),
+    Commit(proto::Commit),
+    Heartbeat,
+    /// The stream has ended.
+    Closed,
+}
+
+/// What a reservation waits for.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Where each block of the sequence goes; blocks after those of `bindings` are for what decode adds.
+    pub blocks: Vec<BlockId>,
+    /// One for each block that the sequence fills.
+    pub bindings: Vec<Binding>,
+    /// Leading blocks that are here already.
+    pub present: u32,
+    pub weights_fingerprint: u64,
+    pub patience: Patience,
+}
+
+/// How a reservation ends being one.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// Everything is here: decode.
+    Complete(proto::Commit),
+    /// The first token ended the sequence.
+    Finished(proto::Commit),
+    /// Nobody delivered within the patience of the plan.
+    Expired,
+}
+
+/// What has come in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Received {
+    /// Of accepted payloads.
+    pub bytes: u64,
+    pub blocks: u32,
+    /// Offers whose bytes were not those that their digest names.
+    pub refused: u32,
+    /// From the first offer to the end.
+    pub elapsed: Duration,
+}
+
+/// One reservation that is being filled.
+pub struct Incoming {
+    plan: Plan,
+    receiver: Receiver,
+    memory: Arc<dyn KvMemory>,
+    after: Box<dyn Fn() -> StepId + Send + Sync>,
+    inbox: mpsc::Receiver<Parcel>,
+    /// The delivery stream of the current epoch.
+    stream: Option<(u32, Replies)>,
+    writes: FuturesUnordered<Write>,
+    commit: Option<proto::Commit>,
+    /// Why the block last spoiled did.
+    fault: Option<proto::Error>,
+    start: Instant,
+    first_offer: Option<Instant>,
+    received: Received,
+    answer: Option<Answer>,
+    outcome: Option<Outcome>,
+}
+
+/// The message under work: who sent it and the bytes it brought.
+struct Heard<'a> {
+    from: Option<(u32, &'a Replies)>,
+    offer: Option<proto::Offer>,
+}
+
+const NOBODY: Heard<'static> = Heard { from: None, offer: None };
+
+impl Incoming {
+    /// `after` names the step after which writes may begin: the last one submitted, which may still use
+    /// what the blocks held before.
+    pub fn new(
+        plan: Plan,
+        memory: Arc<dyn KvMemory>,
+        after: impl Fn() -> StepId + Send + Sync + 'static,
+    ) -> (Self, Inbox) {
+        let (sender, inbox) = mpsc::channel(INBOX);
+        let receiver = Receiver::new(plan.bindings.len() as u32, plan.present, plan.patience, Duration::ZERO);
+        let incoming = Incoming {
+            plan,
+            receiver,
+            memory,
+            after: Box::new(after),
+            inbox,
+            stream: None,
+            writes: FuturesUnordered::new(),
+            commit: None,
+            fault: None,
+            start: Instant::now(),
+            first_offer: None,
+            received: Received::default(),
+            answer: None,
+            outcome: None,
+        };
+        (incoming, Inbox(sender))
+    }
+
+    pub fn epoch(&self) -> u32 {
+        self.receiver.epoch()
+    }
+
+    pub fn received(&self) -> Received {
+        let elapsed = self.first_offer.map_or(Duration::ZERO, |first| first.elapsed());
+        Received { elapsed, ..self.received }
+    }
+
+    /// Runs until the reservation ends. Cancel-safe: call it again. The blocks may be used or freed once
+    /// [`Self::close`] has returned as well.
+    pub async fn run(&mut self) -> Outcome {
+        loop {
+            if let Some(outcome) = self.outcome.take() {
+                return outcome;
+            }
+            let due = self.receiver.deadline().unwrap_or(NO_DEADLINE);
+            tokio::select! {
+                // What has come in counts before the time it took to get here.
+                biased;
+                Some((index, bytes, result)) = self.writes.next() => self.written(index, bytes, result),
+                Some(parcel) = self.inbox.recv(), if self.writes.len() < MOST_WRITES => self.take(parcel),
+                () = tokio::time::sleep_until(self.start + due) => self.on(Event::Tick, NOBODY),
+            }
+        }
+    }
+
+    /// Gives up `epoch` for the next; see [`Answer`].
+    pub fn advance(&mut self, epoch: u32) -> Answer {
+        let before = self.receiver.epoch();
+        self.on(Event::Advance { epoch }, NOBODY);
+        if self.receiver.epoch() != before {
+            self.commit = None;
+        }
+        self.answer.take().unwrap_or(Answer::AlreadyComplete)
+    }
+
+    /// Ends the reservation, whatever its state, and waits for the writes in flight: afterwards nothing
+    /// writes into its blocks.
+    pub async fn close(mut self) {
+        self.on(Event::Cancel, NOBODY);
+        self.inbox.close();
+        while let Some((index, bytes, result)) = self.writes.next().await {
+            self.written(index, bytes, result);
+        }
+        debug_assert!(matches!(self.receiver.state(), State::Complete | State::Closed));
+    }
+
+    fn on(&mut self, event: Event, mut heard: Heard<'_>) {
+        for action in self.receiver.on(event, self.start.elapsed()) {
+            self.act(action, &mut heard);
+        }
+    }
+
+    fn act(&mut self, action: Action, heard: &mut Heard<'_>) {
+        match action {
+            Action::Write { index } => self.write(index, heard),
+            Action::Reply { epoch, reply } => self.reply(epoch, reply, heard.from),
+            Action::Tell(answer) => self.answer = Some(answer),
+            Action::Activate => self.outcome = self.commit.clone().map(Outcome::Complete),
+            Action::Finish => self.outcome = self.commit.clone().map(Outcome::Finished),
+            Action::Expire => self.outcome = Some(Outcome::Expired),
+            // The owner frees after `close`.
+            Action::Free => {}
+        }
+    }
+
+    /// The current epoch is heard from one stream only, the last that opened it with a matching identity.
+    fn take(&mut self, Parcel { epoch, content, replies }: Parcel) {
+        let current = epoch == self.receiver.epoch();
+        let admitted = |(_, stream): &(u32, Replies)| stream.same_channel(&replies);
+        if let Content::Open(open) = content {
+            self.open(epoch, open, replies);
+        } else if !current || self.stream.as_ref().is_some_and(admitted) {
+            self.hear(epoch, content, &replies);
+        }
+    }
+
+    fn open(&mut self, epoch: u32, open: proto::DeliverOpen, replies: Replies) {
+        if let Some(error) = self.mismatch(&open) {
+            return send(&replies, Wire::Error(error));
+        }
+        if epoch == self.receiver.epoch()
+            && let Some((_, former)) = self.stream.replace((epoch, replies.clone()))
+        {
+            let why = "another delivery of the same epoch took over";
+            send(&former, Wire::Error(proto::Error::new(ErrorCode::StaleEpoch, why)));
+        }
+        self.on(Event::Open { epoch }, Heard { from: Some((epoch, &replies)), offer: None });
+    }
+
+    fn hear(&mut self, epoch: u32, content: Content, replies: &Replies) {
+        let from = Some((epoch, replies));
+        match content {
+            Content::Offer(offer) => {
+                self.first_offer.get_or_insert_with(Instant::now);
+                self.on(Event::Offer { epoch, index: offer.index }, Heard { from, offer: Some(offer) });
+            }
+            Content::Commit(commit) => self.commit(epoch, commit, replies),
+            Content::Open(_) | Content::Heartbeat => {
+                self.on(Event::Heartbeat { epoch }, Heard { from, offer: None });
+            }
+            Content::Closed => self.closed(epoch, replies),
+        }
+    }
+
+    fn commit(&mut self, epoch: u32, commit: proto::Commit, replies: &Replies) {
+        let expected = self.plan.bindings.iter().map(|binding| binding.rows).sum::<u32>();
+        let found = commit.first_token.as_ref().map(|token| token.position);
+        if found != Some(expected) {
+            let message = format!("the first token has position {found:?}, the sequence ends at {expected}");
+            return send(replies, Wire::Error(proto::Error::new(ErrorCode::InvalidRequest, message)));
+        }
+        let finished = commit.finished.is_some();
+        if epoch == self.receiver.epoch() && self.receiver.state() == State::Receiving {
+            self.commit.get_or_insert(commit);
+        }
+        self.on(Event::Commit { epoch, finished }, Heard { from: Some((epoch, replies)), offer: None });
+    }
+
+    /// A stream that another has replaced may end without harm.
+    fn closed(&mut self, epoch: u32, replies: &Replies) {
+        if self.stream.take_if(|(_, current)| current.same_channel(replies)).is_some() {
+            self.on(Event::Lost { epoch }, NOBODY);
+        }
+    }
+
+    fn mismatch(&self, open: &proto::DeliverOpen) -> Option<proto::Error> {
+        let layout = self.memory.layout().fingerprint();
+        let (what, theirs, ours) = if open.layout_fingerprint != layout {
+            ("KV layout", open.layout_fingerprint, layout)
+        } else if open.weights_fingerprint != self.plan.weights_fingerprint {
+            ("weights", open.weights_fingerprint, self.plan.weights_fingerprint)
+        } else {
+            return None;
+        };
+        let message = format!(
+            "{what} of prefill member {} ({theirs:016x}) differ from this decode worker's ({ours:016x}); \
+             run both with the same model, KV dtype and block size",
+            open.member
+        );
+        Some(proto::Error::new(ErrorCode::Mismatch, message))
+    }
+
+    fn write(&mut self, index: u32, heard: &mut Heard<'_>) {
+        let Some(offer) = heard.offer.take() else {
+            return;
+        };
+        if let Err(error) = self.check(&offer) {
+            tracing::warn!(index, %error, "refused a block");
+            self.received.refused += 1;
+            self.fault = Some(error);
+            return self.on(Event::Spoiled { index }, Heard { from: heard.from, offer: None });
+        }
+        let bytes = offer.payload.len() as u64;
+        let block = self.plan.blocks[index as usize];
+        let transfer = self.memory.write(block, offer.rows, offer.payload, (self.after)());
+        self.writes.push(async move { (index, bytes, landed(transfer).await) }.boxed());
+    }
+
+    fn check(&self, offer: &proto::Offer) -> Result<(), proto::Error> {
+        let binding = self.plan.bindings[offer.index as usize];
+        let expected = self.memory.layout().payload_bytes(binding.rows);
+        if offer.rows != binding.rows || offer.payload.len() != expected {
+            let message = format!(
+                "block {} came as {} rows in {} bytes, {} rows in {expected} bytes were expected",
+                offer.index,
+                offer.rows,
+                offer.payload.len(),
+                binding.rows
+            );
+            return Err(proto::Error::new(ErrorCode::InvalidRequest, message));
+        }
+        let found = binding.digest(&offer.payload);
+        if found == offer.digest {
+            return Ok(());
+        }
+        let message = format!(
+            "block {}: the bytes have digest {found:016x} and were announced with {:016x}: \
+             damaged on the way, or of another prefix",
+            offer.index, offer.digest
+        );
+        Err(proto::Error::new(ErrorCode::Digest, message))
+    }
+
+    fn written(&mut self, index: u32, bytes: u64, result: Result<(), KvError>) {
+        match result {
+            Ok(()) => {
+                self.received.bytes += bytes;
+                self.received.blocks += 1;
+                self.on(Event::Written { index }, NOBODY);
+            }
+            Err(error) => {
+                self.fault = Some(proto::Error::new(ErrorCode::Internal, error.to_string()));
+                self.on(Event::Spoiled { index }, NOBODY);
+            }
+        }
+    }
+
+    fn reply(&mut self, epoch: u32, reply: Reply, from: Option<(u32, &Replies)>) {
+        let stream = self.stream.as_ref().map(|(epoch, replies)| (*epoch, replies));
+        let Some((_, replies)) = [from, stream].into_iter().flatten().find(|(of, _)| *of == epoch) else {
+            return;
+        };
+        send(replies, self.wire(reply));
+        if !matches!(reply, Reply::Accept { .. } | Reply::Refuse { .. }) {
+            self.stream.take_if(|(of, _)| *of == epoch);
+        }
+    }
+
+    fn wire(&self, reply: Reply) -> Wire {
+        let error = |code, message: String| Wire::Error(proto::Error::new(code, message));
+        match reply {
+            Reply::Accept { index } => Wire::Accept(proto::Accept { index }),
+            Reply::Refuse { index } => Wire::Refuse(proto::Refuse { index, error: self.fault.clone() }),
+            Reply::Committed => Wire::Committed(proto::Committed {}),
+            Reply::OutOfRange { index } => {
+                let message =
+                    format!("block {index} was offered, the sequence has {}", self.plan.bindings.len());
+                error(ErrorCode::InvalidRequest, message)
+            }
+            Reply::Stale { current } => {
+                error(ErrorCode::StaleEpoch, format!("epoch {current} owns the reservation"))
+            }
+            Reply::Silent => error(ErrorCode::WorkerLost, "this delivery was silent for too long".into()),
+            Reply::Cancelled => error(ErrorCode::Cancelled, "the reservation has ended".into()),
+        }
+    }
+}
+
+impl Inbox {
+    /// Waits for room; false when the reservation has ended.
+    pub(crate) async fn put(&self, parcel: Parcel) -> bool {
+        self.0.send(parcel).await.is_ok()
+    }
+
+    /// Resolves when the reservation has ended.
+    pub(crate) async fn closed(&self) {
+        self.0.closed().await;
+    }
+}
+
+/// Never waits: the sender's window bounds the replies under way, so a full queue is a peer that does not
+/// read, which loses its stream by silence.
+fn send(replies: &Replies, reply: Wire) {
+    let message = proto::DeliverReply { reply: Some(reply) };
+    if let Err(error) = replies.try_send(Ok(message)) {
+        tracing::debug!(%error, "a reply found no reader");
+    }
+}

@@ -1,0 +1,17 @@
+//! Blocks of the KV cache: their names (hashes), their bookkeeping ([`BlockPool`]), the shape of
+//! their bytes ([`KvLayout`]) and the seam through which those bytes are read and written
+//! ([`KvMemory`]). Owns no device memory and knows neither engine nor wire.
+
+mod hash;
+mod layout;
+mod list;
+mod memory;
+mod pool;
+
+pub use hash::{BlockHash, hash_blocks};
+pub use layout::{KvDtype, KvLayout};
+pub use memory::{KvError, KvMemory, Reply, StepId, Transfer, transfer};
+pub use pool::{BlockPool, Counts, Holder, Match};
+
+/// Index of a block in its pool.
+pub type BlockId = u32;

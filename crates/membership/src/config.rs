@@ -1,0 +1,106 @@
+//! Which source of membership a process uses, as it stands in its configuration file.
+
+use crate::{Error, Membership, etcd::Etcd, registry_client::RegistryClient};
+use serde::{Deserialize, Serialize};
+use std::{sync::Arc, time::Duration};
+use tonic::transport::Endpoint;
+
+/// Exactly one of `etcd` and `registry` is set; [`connect`] checks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MembershipConfig {
+    /// Every endpoint of the etcd cluster: any one of them may die.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub etcd: Vec<String>,
+    /// gRPC address of the router that serves the registry, when there is no etcd.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub registry: Option<String>,
+    /// Name of this cluster among others in the same etcd: members are `/<prefix>/members/<id>`.
+    pub prefix: String,
+    /// etcd: a member silent for so long is gone (whole seconds, rounded up). A registry has its own.
+    pub lease_ms: u64,
+}
+
+impl Default for MembershipConfig {
+    fn default() -> Self {
+        Self { etcd: Vec::new(), registry: None, prefix: "baton".into(), lease_ms: 5_000 }
+    }
+}
+
+impl MembershipConfig {
+    pub fn etcd(endpoints: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Self { etcd: endpoints.into_iter().map(Into::into).collect(), ..Self::default() }
+    }
+
+    pub fn registry(url: impl Into<String>) -> Self {
+        Self { registry: Some(url.into()), ..Self::default() }
+    }
+
+    pub fn lease(&self) -> Duration {
+        Duration::from_millis(self.lease_ms)
+    }
+
+    /// What [`connect`] refuses, without connecting: for checking a configuration early.
+    pub fn check(&self) -> Result<(), Error> {
+        match (&self.etcd[..], &self.registry) {
+            ([], None) => return Err(Error::Source("neither is set")),
+            ([_, ..], Some(_)) => return Err(Error::Source("both are set")),
+            _ => {}
+        }
+        for url in self.etcd.iter().chain(&self.registry) {
+            endpoint(url)?;
+        }
+        if !(1_000..=300_000).contains(&self.lease_ms) {
+            return Err(Error::Lease(self.lease_ms));
+        }
+        if self.prefix.is_empty() || self.prefix.contains('/') {
+            return Err(Error::Prefix(self.prefix.clone()));
+        }
+        Ok(())
+    }
+}
+
+/// A client of the configured source. Connects lazily and for ever: an absent source is not an error.
+pub fn connect(config: MembershipConfig) -> Result<Arc<dyn Membership>, Error> {
+    config.check()?;
+    match &config.registry {
+        Some(url) => Ok(Arc::new(RegistryClient::new(endpoint(url)?))),
+        None => Ok(Arc::new(Etcd::new(&config))),
+    }
+}
+
+fn endpoint(url: &str) -> Result<Endpoint, Error> {
+    let wrong = |reason: String| Error::Url { url: url.into(), reason };
+    if !url.starts_with("http://") {
+        return Err(wrong("no http:// in front".into()));
+    }
+    Endpoint::from_shared(url.to_owned()).map_err(|error| wrong(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(json: &str) -> String {
+        match serde_json::from_str::<MembershipConfig>(json) {
+            Ok(config) => config.check().map_or_else(|error| error.to_string(), |()| "ok".into()),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn exactly_one_source_with_urls_and_a_sane_lease() {
+        assert_eq!(check(r#"{"etcd": ["http://a:2379", "http://b:2379"]}"#), "ok");
+        assert_eq!(check(r#"{"registry": "http://router:9000"}"#), "ok");
+        for (json, part) in [
+            ("{}", "neither is set"),
+            (r#"{"etcd": ["http://a:1"], "registry": "http://b:1"}"#, "both are set"),
+            (r#"{"etcd": ["a:2379"]}"#, "`a:2379` is not an http:// URL"),
+            (r#"{"registry": "http://b:1", "lease_ms": 5}"#, "lease_ms = 5 is out of range"),
+            (r#"{"etcd": ["http://a:1"], "prefix": "a/b"}"#, "prefix `a/b`"),
+            (r#"{"registri": "http://b:1"}"#, "unknown field `registri`"),
+        ] {
+            assert!(check(json).contains(part), "{json}: {}", check(json));
+        }
+    }
+}

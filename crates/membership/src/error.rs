@@ -1,0 +1,33 @@
+//! What can go wrong. Only wrong configuration reaches callers; the rest is retried and logged.
+
+use std::time::Duration;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "membership needs exactly one source: set either `etcd` (a list of endpoint URLs) or \
+         `registry` (the URL of a router); {0}"
+    )]
+    Source(&'static str),
+    #[error("membership: `{url}` is not an http:// URL ({reason}); write it as http://host:port")]
+    Url { url: String, reason: String },
+    #[error("membership: lease_ms = {0} is out of range; choose 1000 to 300000 milliseconds")]
+    Lease(u64),
+    #[error("membership: prefix `{0}` must not be empty nor contain '/'")]
+    Prefix(String),
+
+    #[error("no answer within {0:?}")]
+    Silent(Duration),
+    #[error("the stream ended")]
+    Ended,
+    #[error("the watch was cancelled: {0}")]
+    WatchCancelled(String),
+    #[error("others keep writing this member's key")]
+    Contended,
+    #[error("a later join with the same id took this member over")]
+    Superseded,
+    #[error("{} ({})", .0.message(), .0.code())]
+    Status(#[from] tonic::Status),
+    #[error(transparent)]
+    Etcd(#[from] etcd_client::Error),
+}

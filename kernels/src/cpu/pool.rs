@@ -1,0 +1,132 @@
+//! The KV pool: `[block][layer][token][row]` of f32 in one allocation whose pages the system provides when they are
+//! first written.
+
+use crate::Error;
+use bytes::Bytes;
+use kv::{BlockId, KvError, KvLayout};
+
+pub struct KvPool {
+    layout: KvLayout,
+    blocks: u32,
+    values: Vec<f32>,
+}
+
+impl KvPool {
+    pub fn new(layout: KvLayout, blocks: u32) -> Result<KvPool, Error> {
+        let too_big =
+            || Error::Device(format!("{blocks} KV blocks of {} bytes do not fit", layout.block_bytes()));
+        let elements = (layout.block_bytes() / 4).checked_mul(blocks as usize).ok_or_else(too_big)?;
+        isize::try_from(elements).ok().and_then(|n| n.checked_mul(4)).ok_or_else(too_big)?;
+        // Zeroed by the system, page by page, when touched.
+        Ok(KvPool { layout, blocks, values: vec![0.0; elements] })
+    }
+
+    pub fn layout(&self) -> KvLayout {
+        self.layout
+    }
+
+    /// Elements of a token's row.
+    pub fn row(&self) -> usize {
+        self.layout.row as usize
+    }
+
+    pub fn block_tokens(&self) -> usize {
+        self.layout.block_tokens as usize
+    }
+
+    /// The rows of one layer of a block.
+    pub fn block(&self, block: BlockId, layer: usize) -> &[f32] {
+        &self.values[self.offset(block, layer)..][..self.layer_elements()]
+    }
+
+    pub fn row_mut(&mut self, block: BlockId, layer: usize, token: usize) -> &mut [f32] {
+        let row = self.row();
+        let start = self.offset(block, layer) + token * row;
+        &mut self.values[start..][..row]
+    }
+
+    pub fn read(&self, block: BlockId, rows: u32) -> Result<Bytes, KvError> {
+        self.check(block)?;
+        let elements = self.elements(rows)?;
+        let mut payload = vec![0; self.layout.payload_bytes(rows)];
+        for (layer, bytes) in payload.chunks_exact_mut((elements * 4).max(1)).enumerate() {
+            let values = &self.block(block, layer)[..elements];
+            for (bytes, value) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                *bytes = value.to_le_bytes();
+            }
+        }
+        Ok(Bytes::from(payload))
+    }
+
+    pub fn write(&mut self, block: BlockId, rows: u32, payload: &[u8]) -> Result<(), KvError> {
+        self.check(block)?;
+        let (elements, expected) = (self.elements(rows)?, self.layout.payload_bytes(rows));
+        if payload.len() != expected {
+            return Err(KvError::WrongLength { rows, expected, found: payload.len() });
+        }
+        for layer in 0..self.layout.layers as usize {
+            let start = self.offset(block, layer);
+            let bytes = payload[layer * elements * 4..].as_chunks::<4>().0;
+            for (value, bytes) in self.values[start..][..elements].iter_mut().zip(bytes) {
+                *value = f32::from_le_bytes(*bytes);
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self, block: BlockId) -> Result<(), KvError> {
+        if block < self.blocks { Ok(()) } else { Err(KvError::NoSuchBlock { block, blocks: self.blocks }) }
+    }
+
+    /// Elements of `rows` tokens of one layer.
+    fn elements(&self, rows: u32) -> Result<usize, KvError> {
+        if rows > self.layout.block_tokens {
+            let (expected, found) = (self.layout.block_bytes(), self.layout.payload_bytes(rows));
+            return Err(KvError::WrongLength { rows, expected, found });
+        }
+        Ok(rows as usize * self.row())
+    }
+
+    fn layer_elements(&self) -> usize {
+        self.block_tokens() * self.row()
+    }
+
+    fn offset(&self, block: BlockId, layer: usize) -> usize {
+        (block as usize * self.layout.layers as usize + layer) * self.layer_elements()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kv::KvDtype;
+
+    fn pool() -> KvPool {
+        KvPool::new(KvLayout { dtype: KvDtype::F32, layers: 2, block_tokens: 4, row: 3 }, 5).unwrap()
+    }
+
+    #[test]
+    fn a_partial_block_travels_layer_after_layer() {
+        let mut from = pool();
+        for layer in 0..2 {
+            (0..4).for_each(|token| from.row_mut(3, layer, token).fill((10 * layer + token) as f32));
+        }
+        let payload = from.read(3, 2).unwrap();
+        assert_eq!(payload.len(), from.layout().payload_bytes(2));
+        let mut to = pool();
+        to.write(1, 2, &payload).unwrap();
+        assert_eq!(to.block(1, 1)[..6], [10.0, 10.0, 10.0, 11.0, 11.0, 11.0]);
+        assert_eq!(to.block(1, 0)[6..], [0.0; 6], "rows that were not sent stay");
+    }
+
+    #[test]
+    fn wrong_blocks_and_lengths_are_refused() {
+        let mut pool = pool();
+        assert!(matches!(pool.read(5, 1), Err(KvError::NoSuchBlock { block: 5, blocks: 5 })));
+        assert!(matches!(pool.read(0, 5), Err(KvError::WrongLength { .. })));
+        assert!(matches!(
+            pool.write(0, 1, &[0; 8]),
+            Err(KvError::WrongLength { expected: 24, found: 8, .. })
+        ));
+    }
+}

@@ -1,0 +1,18 @@
+//! What is launched: the [`Backend`] trait at the level of this architecture's fused operations, and
+//! its implementations. `cpu` is the specification. Knows no transport, no scheduler, no files.
+
+mod backend;
+pub mod batch;
+pub mod cpu;
+mod error;
+mod math;
+mod shape;
+mod tensor;
+
+pub use backend::{Backend, Weights};
+pub use batch::*;
+pub use cpu::CpuBackend;
+pub use error::Error;
+pub use math::{exp, ln};
+pub use shape::{GateRule, GraphKey, GroupScore, Scoring, Shape};
+pub use tensor::{Dtype, MlaTensors, MlpTensors, QueryTensors, Scales, Tensor};

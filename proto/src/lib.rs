@@ -1,0 +1,15 @@
+//! What is sent: the messages and services of `*.proto`, and the one table that says what each
+//! error code means. Knows nothing of who sends or why.
+
+// A request is larger than a heartbeat; boxing it would buy nothing.
+#![allow(clippy::large_enum_variant)]
+
+tonic::include_proto!("baton.v1");
+
+/// Encoded `FileDescriptorSet` of all services, for gRPC reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// Largest gRPC message Baton sends or accepts: one KV block of the real model (4.5 MB) fits with room.
+pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
+
+mod code;

@@ -1,0 +1,104 @@
+//! `baton status`: what the router knows of the cluster, as the gateway shows it at `/status`.
+
+use crate::http::Client;
+use anyhow::{Context, bail};
+use clap::Parser;
+use serde_json::Value;
+use std::process::ExitCode;
+
+#[derive(Parser)]
+pub struct Args {
+    /// Address of the gateway
+    #[arg(long, default_value = "http://127.0.0.1:8000")]
+    url: String,
+    /// Print the answer as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let status = runtime.block_on(fetch(&args.url))?;
+    match args.json {
+        true => println!("{}", serde_json::to_string_pretty(&status)?),
+        false => print!("{}", table(&status)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn fetch(url: &str) -> anyhow::Result<Value> {
+    let (status, body) = Client::new(url)?.get("/status").await.context("is the cluster up? (baton up)")?;
+    if !status.is_success() {
+        bail!("{url}/status answered {status}: {}", String::from_utf8_lossy(&body).trim());
+    }
+    serde_json::from_slice(&body)
+        .with_context(|| format!("{url}/status did not answer with JSON; is it a Baton gateway?"))
+}
+
+const HEADINGS: [&str; 9] =
+    ["MEMBER", "ROLE", "STATE", "RUNNING", "WAITING", "RESERVED", "BLOCKS USED", "CACHED", "ADDRESS"];
+
+fn table(status: &Value) -> String {
+    let members = status["members"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let rows: Vec<Vec<String>> =
+        std::iter::once(HEADINGS.map(str::to_owned).to_vec()).chain(members.iter().map(row)).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..HEADINGS.len()).map(width).collect();
+    let mut text = String::new();
+    for row in &rows {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        text += cells.join("  ").trim_end();
+        text.push('\n');
+    }
+    text + &queue(status)
+}
+
+fn row(member: &Value) -> Vec<String> {
+    let load = &member["load"];
+    let number = |key: &str| load[key].as_u64().unwrap_or(0);
+    let (total, free) = (number("blocks_total"), number("blocks_free"));
+    vec![
+        text(&member["id"]),
+        text(&member["role"]),
+        if member["draining"] == true { "draining".into() } else { "ready".into() },
+        number("running").to_string(),
+        number("waiting").to_string(),
+        number("reserved").to_string(),
+        format!("{}/{total}", total.saturating_sub(free)),
+        number("blocks_cached").to_string(),
+        text(&member["address"]),
+    ]
+}
+
+fn queue(status: &Value) -> String {
+    let classes = status["queue"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let depth: u64 = classes.iter().filter_map(|class| class["depth"].as_u64()).sum();
+    let by_class: Vec<String> =
+        classes.iter().map(|class| format!("priority {}: {}", class["priority"], class["depth"])).collect();
+    let detail = if by_class.is_empty() { String::new() } else { format!(" ({})", by_class.join(", ")) };
+    format!("\n{} running, {depth} of {} queued{detail}\n", status["running"], status["queue_limit"])
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or("?").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_aligned_and_counts_blocks_in_use() {
+        let status = serde_json::json!({
+            "members": [{"id": "d1", "role": "decode", "address": "http://h:1", "draining": true,
+                "load": {"blocks_total": 10, "blocks_free": 7, "blocks_cached": 2, "running": 1}}],
+            "queue": [{"priority": 0, "depth": 4}], "running": 1, "queue_limit": 9,
+        });
+        let text = table(&status);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0].find("STATE"), lines[1].find("draining"));
+        assert!(lines[1].contains("3/10"));
+        assert_eq!(lines[3], "1 running, 4 of 9 queued (priority 0: 4)");
+    }
+}

@@ -1,0 +1,301 @@
+//! The children of `baton up`: who is started with what, in which order, and what happens when one dies.
+
+use super::{
+    Args,
+    child::{Addresses, Child},
+};
+use crate::{demo, http::Client};
+use anyhow::{Context, bail};
+use futures::future::{join_all, select_all};
+use serde_json::json;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use tokio::time::{Instant, sleep, timeout_at};
+
+/// Longest wait after SIGTERM. Services drain for less.
+const STOP: Duration = Duration::from_millis(8_500);
+/// A worker that dies is started again so many times, after a pause that doubles; one that lived for long begins anew.
+const RESTARTS: u32 = 5;
+const LONG: Duration = Duration::from_secs(60);
+
+pub struct Cluster {
+    args: Args,
+    model: PathBuf,
+    name: String,
+    logs: Option<PathBuf>,
+    router: Option<Child>,
+    gateway: Option<Child>,
+    workers: Vec<Worker>,
+    ready: bool,
+}
+
+struct Worker {
+    role: &'static str,
+    child: Child,
+    since: Instant,
+    restarts: u32,
+}
+
+impl Cluster {
+    pub fn new(args: Args) -> anyhow::Result<Self> {
+        let (model, name) = match &args.model {
+            Some(directory) => (directory.clone(), directory_name(directory)),
+            None => (demo::directory()?, demo::NAME.to_owned()),
+        };
+        let logs = (!args.verbose).then(|| log_directory(args.logs.as_deref())).transpose()?;
+        let (router, gateway, workers) = (None, None, Vec::new());
+        Ok(Cluster { args, model, name, logs, router, gateway, workers, ready: false })
+    }
+
+    /// Starts everything and waits until a request would succeed.
+    pub async fn start(&mut self, patience: Duration) -> anyhow::Result<()> {
+        let deadline = Instant::now() + patience;
+        let mut router = self.child("router", self.router_arguments())?;
+        router.listening(patience).await?;
+        let address = router.addresses.grpc.clone();
+        self.router = Some(router);
+        let roles = [("prefill", self.args.prefill), ("decode", self.args.decode), ("both", self.args.both)];
+        for (role, count) in roles {
+            for number in 1..=count {
+                let child = self.child(&format!("{role}-{number}"), self.worker_arguments(role, &address))?;
+                self.workers.push(Worker { role, child, since: Instant::now(), restarts: 0 });
+            }
+        }
+        self.gateway = Some(self.child("gateway", self.gateway_arguments(&address))?);
+        let children = self.workers.iter_mut().map(|worker| &mut worker.child).chain(&mut self.gateway);
+        for listening in join_all(children.map(|child| child.listening(patience))).await {
+            listening?;
+        }
+        self.wait_until_ready(deadline).await?;
+        self.ready = true;
+        Ok(())
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.ready
+    }
+
+    /// Restarts workers that die. Ends with an error when gateway or router dies, or a worker too often.
+    pub async fn watch(&mut self) -> anyhow::Error {
+        loop {
+            let mut services: Vec<&mut Child> = self.router.iter_mut().chain(&mut self.gateway).collect();
+            let core = services.len();
+            services.extend(self.workers.iter_mut().map(|worker| &mut worker.child));
+            let waits = services.into_iter().map(|child| Box::pin(child.died()));
+            let (error, index, _) = select_all(waits).await;
+            if index < core {
+                return error;
+            }
+            eprintln!("baton up: {error}");
+            if let Err(error) = self.restart(index - core).await {
+                return error;
+            }
+        }
+    }
+
+    /// SIGTERM to workers and gateway first, so that nothing loses its router while it drains; SIGKILL to what remains.
+    pub async fn stop(&mut self) {
+        let deadline = Instant::now() + STOP;
+        let mut first: Vec<&mut Child> = self.gateway.iter_mut().collect();
+        first.extend(self.workers.iter_mut().map(|worker| &mut worker.child));
+        end(first, deadline - Duration::from_millis(500)).await;
+        end(self.router.iter_mut().collect(), deadline + Duration::from_secs(1)).await;
+    }
+
+    pub fn announce(&self, json: bool) {
+        match json {
+            true => println!("{}", self.as_json()),
+            false => println!("{}", self.banner()),
+        }
+    }
+
+    async fn restart(&mut self, index: usize) -> anyhow::Result<()> {
+        let worker = &mut self.workers[index];
+        if worker.since.elapsed() > LONG {
+            worker.restarts = 0;
+        }
+        if worker.restarts == RESTARTS {
+            bail!("{} has died {} times; giving up", worker.child.name, RESTARTS + 1);
+        }
+        worker.restarts += 1;
+        sleep(Duration::from_millis(100 << worker.restarts)).await;
+        let (role, name) = (worker.role, worker.child.name.clone());
+        let router = self.router.as_ref().map(|router| router.addresses.grpc.clone()).unwrap_or_default();
+        let mut child = self.child(&name, self.worker_arguments(role, &router))?;
+        child.listening(Duration::from_secs(self.args.ready_timeout)).await?;
+        eprintln!("baton up: {name} is back as process {}", child.pid);
+        let worker = &mut self.workers[index];
+        (worker.child, worker.since) = (child, Instant::now());
+        Ok(())
+    }
+
+    fn child(&self, name: &str, arguments: Vec<String>) -> anyhow::Result<Child> {
+        Child::start(name.to_owned(), &arguments, self.logs.as_deref())
+    }
+
+    fn router_arguments(&self) -> Vec<String> {
+        let mut set = vec!["listen=127.0.0.1:0".into(), "admin=127.0.0.1:0".into()];
+        if !self.args.etcd.is_empty() {
+            set.push(format!("etcd={}", json!(self.args.etcd)));
+        }
+        command("router", set, &self.args.router_set)
+    }
+
+    fn worker_arguments(&self, role: &str, router: &str) -> Vec<String> {
+        let args = &self.args;
+        let mut set = vec![
+            format!("role={role}"),
+            format!("backend={}", args.backend),
+            format!("model={}", json!(self.model)),
+            format!("served_model_name={}", json!(self.name)),
+            format!("threads={}", args.threads),
+            format!("max_step_tokens={}", args.chunk),
+            format!("block_tokens={}", args.block_tokens),
+            match args.etcd.is_empty() {
+                true => format!("membership.registry={}", json!(router)),
+                false => format!("membership.etcd={}", json!(args.etcd)),
+            },
+        ];
+        set.extend(args.kv_blocks.map(|blocks| format!("kv_blocks={blocks}")));
+        command("worker", set, &args.worker_set)
+    }
+
+    fn gateway_arguments(&self, router: &str) -> Vec<String> {
+        let set = vec![
+            format!("listen={}:{}", bracketed(self.args.host), self.args.port),
+            "admin=127.0.0.1:0".into(),
+            format!("routers={}", json!([router])),
+            format!("model_dir={}", json!(self.model)),
+            format!("served_model_name={}", json!([self.name])),
+        ];
+        command("gateway", set, &self.args.gateway_set)
+    }
+
+    /// Polls the gateway until it would serve. A child that dies meanwhile ends the wait with its log.
+    async fn wait_until_ready(&mut self, deadline: Instant) -> anyhow::Result<()> {
+        let client = Client::new(&self.gateway_addresses().http)?;
+        let reason = std::cell::RefCell::new(String::from("no answer yet"));
+        let ready = async {
+            loop {
+                match client.get("/ready").await {
+                    Ok((status, _)) if status.is_success() => return,
+                    Ok((_, body)) => *reason.borrow_mut() = String::from_utf8_lossy(&body).trim().to_owned(),
+                    Err(error) => *reason.borrow_mut() = format!("{error:#}"),
+                }
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            ready = timeout_at(deadline, ready) => match ready {
+                Ok(()) => Ok(()),
+                Err(_) => bail!("not ready after {} s; the gateway says: {}", self.args.ready_timeout, reason.borrow()),
+            },
+            error = died(&mut self.router, &mut self.gateway, &mut self.workers) => Err(error),
+        }
+    }
+
+    fn gateway_addresses(&self) -> Addresses {
+        self.gateway.as_ref().map(|child| child.addresses.clone()).unwrap_or_default()
+    }
+
+    fn as_json(&self) -> serde_json::Value {
+        let one = |child: &Child| json!({"pid": child.pid, "grpc": child.addresses.grpc, "http": child.addresses.http, "admin": child.addresses.admin});
+        let workers = self.workers.iter().map(|worker| {
+            let mut value = one(&worker.child);
+            value["role"] = json!(worker.role);
+            value["name"] = json!(worker.child.name);
+            value
+        });
+        json!({
+            "model": self.name,
+            "gateway": self.gateway.as_ref().map(one),
+            "router": self.router.as_ref().map(one),
+            "workers": workers.collect::<Vec<_>>(),
+            "logs": self.logs,
+        })
+    }
+
+    fn banner(&self) -> String {
+        let url = self.gateway_addresses().http;
+        let mut text = format!("\nBaton is ready: {url}/v1 serves {}\n\n", self.name);
+        let services = self.gateway.iter().chain(&self.router).chain(self.workers.iter().map(|w| &w.child));
+        for child in services {
+            let address =
+                if child.addresses.http.is_empty() { &child.addresses.grpc } else { &child.addresses.http };
+            let metrics = format!("{}/metrics", child.addresses.admin);
+            text += &format!("  {:<10} pid {:<8} {:<26} {metrics}\n", child.name, child.pid, address);
+        }
+        if let Some(logs) = &self.logs {
+            text += &format!("\n  logs in {}\n", logs.display());
+        }
+        text + &examples(&url, &self.name) + "\nCtrl-C stops everything."
+    }
+}
+
+/// How to ask a question, for a newcomer to paste.
+fn examples(url: &str, model: &str) -> String {
+    let question = r#"{"role": "user", "content": "What does `Vec::push` do?"}"#;
+    format!(
+        r#"
+Ask with curl:
+
+  curl {url}/v1/chat/completions -H 'content-type: application/json' \
+    -d '{{"model": "{model}", "messages": [{question}]}}'
+
+or from Python (pip install openai):
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key="none")
+  answer = client.chat.completions.create(model="{model}", messages=[{question}])
+  print(answer.choices[0].message.content)
+"#
+    )
+}
+
+/// The error of the first service to die.
+async fn died(
+    router: &mut Option<Child>,
+    gateway: &mut Option<Child>,
+    workers: &mut [Worker],
+) -> anyhow::Error {
+    let children = router.iter_mut().chain(gateway).chain(workers.iter_mut().map(|worker| &mut worker.child));
+    select_all(children.map(|child| Box::pin(child.died()))).await.0
+}
+
+async fn end(mut children: Vec<&mut Child>, deadline: Instant) {
+    children.iter().for_each(|child| child.terminate());
+    let waits = children.iter_mut().map(|child| async move {
+        if timeout_at(deadline, child.wait()).await.is_err() {
+            eprintln!("baton up: {} did not stop in time and is killed", child.name);
+            child.kill().await;
+        }
+    });
+    join_all(waits).await;
+}
+
+fn command(service: &str, set: Vec<String>, overrides: &[String]) -> Vec<String> {
+    let sets = set.into_iter().chain(overrides.iter().cloned());
+    std::iter::once(service.to_owned()).chain(sets.flat_map(|set| ["--set".to_owned(), set])).collect()
+}
+
+fn bracketed(host: std::net::IpAddr) -> String {
+    if host.is_ipv6() { format!("[{host}]") } else { host.to_string() }
+}
+
+fn directory_name(directory: &Path) -> String {
+    let name =
+        directory.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+    name.unwrap_or_else(|| "model".into())
+}
+
+fn log_directory(asked: Option<&Path>) -> anyhow::Result<PathBuf> {
+    let directory = asked
+        .map(Path::to_owned)
+        .unwrap_or_else(|| std::env::temp_dir().join(format!("baton-up-{}", std::process::id())));
+    fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot create the log directory {}", directory.display()))?;
+    Ok(directory)
+}

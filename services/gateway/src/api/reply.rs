@@ -1,0 +1,37 @@
+//! Answers that are not streams: JSON, errors with what clients need to retry rightly.
+
+use axum::body::Body;
+use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
+use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::response::Response;
+use openai::{Code, Error};
+use serde::Serialize;
+
+const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
+
+pub fn json(value: &impl Serialize) -> Response {
+    match serde_json::to_vec(value) {
+        Ok(body) => with_body(StatusCode::OK, body),
+        Err(problem) => {
+            error(&Error::new(Code::Internal, format!("the answer cannot be written as JSON: {problem}")))
+        }
+    }
+}
+
+pub fn error(error: &Error) -> Response {
+    let status = StatusCode::from_u16(error.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let mut response = with_body(status, error.body().to_string().into_bytes());
+    if let Some(after) = error.retry_after {
+        let ms = after.as_millis() as u64;
+        response.headers_mut().insert(RETRY_AFTER, ms.div_ceil(1000).into());
+        response.headers_mut().insert(RETRY_AFTER_MS, ms.into());
+    }
+    response
+}
+
+fn with_body(status: StatusCode, body: Vec<u8>) -> Response {
+    let mut response = Response::new(Body::from(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}

@@ -1,0 +1,237 @@
+//! A request from its first byte to its answer, the same for both endpoints.
+//!
+//! Headers of a stream wait for the router's first event, so that whatever goes wrong before is an HTTP
+//! error with the right status. Only when that takes long do they go first, to keep proxies patient.
+
+use super::identity::Identity;
+use super::shape::Shape;
+use super::stream::{Events, Heading};
+use super::{body, reply};
+use crate::answer::{Event, Generation, Interrupt, Plan, Setting, Step};
+use crate::config::ms;
+use crate::gateway::Gateway;
+use crate::observe::Observation;
+use axum::body::{Body, Bytes};
+use axum::extract::{Extension, Request, State};
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::http::{HeaderName, HeaderValue};
+use axum::response::Response;
+use openai::{Code, Error, Parameters};
+use proto::{GenerateRequest, Started};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::time::{Instant, sleep_until, timeout_at};
+use tracing::Instrument;
+use uuid::Uuid;
+
+const PREFILL: HeaderName = HeaderName::from_static("x-baton-prefill");
+const DECODE: HeaderName = HeaderName::from_static("x-baton-decode");
+const ATTEMPT: HeaderName = HeaderName::from_static("x-baton-attempt");
+const ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
+
+/// Bodies above this are parsed and tokenised away from the threads that stream.
+const LARGE: usize = 8 << 10;
+
+pub async fn serve<S: Shape>(
+    State(gateway): State<Arc<Gateway>>,
+    Extension(identity): Extension<Identity>,
+    request: Request,
+) -> Response {
+    let place = gateway.places.clone().try_acquire_owned().ok();
+    let full = place.is_none();
+    let Identity { request_id, trace, tenant } = identity;
+    let span = telemetry::trace::span("gateway", &trace, &request_id);
+    let observation =
+        Arc::new(Observation::new(S::ENDPOINT, request_id, trace, gateway.metrics.clone(), place));
+    let served = if full {
+        Err(gateway.overloaded("too many requests at the same time; try again shortly"))
+    } else {
+        Service { gateway, observation: observation.clone(), tenant, start: Instant::now() }
+            .answer::<S>(request)
+            .instrument(span)
+            .await
+    };
+    served.unwrap_or_else(|error| {
+        observation.end(error.code.status());
+        tracing::debug!(request_id = %observation.request_id, %error, param = error.param, "refused");
+        reply::error(&error)
+    })
+}
+
+struct Service {
+    gateway: Arc<Gateway>,
+    observation: Arc<Observation>,
+    tenant: String,
+    start: Instant,
+}
+
+/// A request read, checked and planned.
+struct Planned<S> {
+    plan: Plan,
+    parameters: Parameters,
+    shape: S,
+}
+
+impl Service {
+    async fn answer<S: Shape>(self, request: Request) -> Result<Response, Error> {
+        let body = body::read(request, &self.gateway.config).await?;
+        let Planned { plan, parameters, shape } = self.plan::<S>(body).await?;
+        if !parameters.unknown.is_empty() {
+            tracing::debug!(request_id = %self.observation.request_id, fields = ?parameters.unknown, "unknown fields ignored");
+        }
+        let heading = heading::<S>(parameters.model);
+        let generation = Generation::new(plan, self.setting(&heading));
+        match parameters.streaming {
+            None => self.whole(generation, shape, &heading).await,
+            Some(streaming) => {
+                let mut events = Events {
+                    generation,
+                    shape,
+                    heading,
+                    streaming,
+                    model: self.gateway.model.clone(),
+                    keep_alive: ms(self.gateway.config.stream.keep_alive_ms),
+                    observation: self.observation.clone(),
+                    first: None,
+                    over: false,
+                };
+                events.first = self.first(&mut events.generation).await?;
+                Ok(streamed(events, ms(self.gateway.config.timeouts.stalled_client_ms)))
+            }
+        }
+    }
+
+    /// CPU work: here if small, else on a thread of its own, of which there are few.
+    async fn plan<S: Shape>(&self, body: Bytes) -> Result<Planned<S>, Error> {
+        if body.len() <= LARGE {
+            return plan(&self.gateway, &body);
+        }
+        let _place = self.gateway.tokenizers.acquire().await;
+        let gateway = self.gateway.clone();
+        let planned = tokio::task::spawn_blocking(move || plan(&gateway, &body)).await;
+        planned.unwrap_or_else(|error| {
+            Err(Error::new(Code::Internal, format!("reading the request failed: {error}")))
+        })
+    }
+
+    fn setting(&self, heading: &Heading) -> Setting {
+        let config = &self.gateway.config;
+        let unique = &heading.id[heading.id.len() - 8..];
+        Setting {
+            model: self.gateway.model.clone(),
+            upstream: self.gateway.upstream.clone(),
+            request: GenerateRequest {
+                sequence: None,
+                model: config.worker_model.clone(),
+                tenant: self.tenant.clone(),
+                queue_timeout_ms: config.timeouts.queue_ms,
+            },
+            sequence_id: format!("{}~{unique}", self.observation.request_id),
+            retry_after: ms(config.timeouts.retry_after_ms),
+            observation: self.observation.clone(),
+            interrupt: self.interrupt(),
+        }
+    }
+
+    fn interrupt(&self) -> Interrupt {
+        let limit = ms(self.gateway.config.timeouts.request_ms);
+        let (deadline, gateway) = (self.start + limit, self.gateway.clone());
+        let mut closing = gateway.closing.clone();
+        Box::pin(async move {
+            tokio::select! {
+                () = sleep_until(deadline) => {
+                    Error::new(Code::Deadline, format!("the request took longer than {} s", limit.as_secs_f32()))
+                }
+                Ok(_) = closing.wait_for(|closing| *closing) => gateway.overloaded("the gateway is stopping; try again"),
+            }
+        })
+    }
+
+    /// The first event, unless it takes so long that headers should go before it.
+    async fn first(&self, generation: &mut Generation) -> Result<Option<(u32, Event)>, Error> {
+        let next = match self.gateway.config.stream.commit_ms {
+            0 => generation.next().await,
+            commit => match timeout_at(Instant::now() + ms(commit), generation.next()).await {
+                Ok(next) => next,
+                Err(_) => return Ok(None),
+            },
+        };
+        next.transpose()
+    }
+
+    async fn whole<S: Shape>(
+        &self,
+        mut generation: Generation,
+        shape: S,
+        heading: &Heading,
+    ) -> Result<Response, Error> {
+        let mut choices: Vec<Step> = vec![Step::default(); generation.choices()];
+        let mut started = None;
+        while let Some((index, event)) = generation.next().await.transpose()? {
+            match event {
+                Event::Started(first) => drop(started.get_or_insert(first)),
+                Event::Echo(step) | Event::Step(step) => append(&mut choices[index as usize], step),
+            }
+        }
+        let model = &self.gateway.model;
+        let choices = choices.into_iter().zip(0..).map(|(mut step, index)| {
+            let finish = step.finish.take().ok_or_else(unfinished)?;
+            Ok(shape.choice(model, index, step, finish))
+        });
+        let choices = choices.collect::<Result<Vec<_>, Error>>()?;
+        let mut response =
+            reply::json(&heading.envelope(S::OBJECT, &choices, Some(Some(generation.usage()))));
+        mark(&mut response, started.as_ref());
+        self.observation.end(200);
+        Ok(response)
+    }
+}
+
+fn plan<S: Shape>(gateway: &Gateway, body: &[u8]) -> Result<Planned<S>, Error> {
+    let limits = &gateway.config.limits;
+    let request = S::read(body, &openai::Limits { choices: limits.choices, prompts: limits.prompts })?;
+    gateway.check_model(&S::parameters(&request).model)?;
+    let plan = S::plan(&request, &gateway.model, &gateway.bounds())?;
+    Ok(Planned { plan, parameters: S::parameters(&request).clone(), shape: S::new(&request) })
+}
+
+fn heading<S: Shape>(model: String) -> Heading {
+    let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    Heading { id: format!("{}{}", S::ID, Uuid::new_v4().simple()), created, model }
+}
+
+fn append(choice: &mut Step, step: Step) {
+    choice.text.push_str(&step.text);
+    choice.tokens.extend(step.tokens);
+    choice.finish = step.finish.or(choice.finish.take());
+}
+
+fn unfinished() -> Error {
+    Error::new(Code::Internal, "the answer ended before all its choices did")
+}
+
+fn streamed<S: Shape>(events: Events<S>, patience: Duration) -> Response {
+    let started = match &events.first {
+        Some((_, Event::Started(started))) => Some(started.clone()),
+        _ => None,
+    };
+    let mut response = Response::new(Body::from_stream(events.stream(patience)));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(ACCEL_BUFFERING, HeaderValue::from_static("no"));
+    mark(&mut response, started.as_ref());
+    response
+}
+
+/// Who did it: for tests and for operators with a complaint in hand.
+fn mark(response: &mut Response, started: Option<&Started>) {
+    let Some(started) = started else { return };
+    let headers = response.headers_mut();
+    for (name, member) in [(PREFILL, &started.prefill_member), (DECODE, &started.decode_member)] {
+        if let Ok(value) = HeaderValue::from_str(member) {
+            headers.insert(name, value);
+        }
+    }
+    headers.insert(ATTEMPT, started.attempt.into());
+}

@@ -1,0 +1,76 @@
+//! The cluster as the gateway needs it: would a request succeed now, and how long may it be.
+
+use proto::{Member, Role, StatusReply};
+
+/// The longest context that all usable members serve (0: they do not say), or why no request would succeed.
+pub fn usable(status: &StatusReply, model: &str) -> Result<u32, String> {
+    let serves = |member: &&Member| !member.draining && (model.is_empty() || member.model == model);
+    let members: Vec<&Member> = status.members.iter().filter(serves).collect();
+    if members.is_empty() {
+        return Err(nobody(status, model));
+    }
+    let of = |role: Role| members.iter().copied().filter(move |member| member.role() == role);
+    let paired = of(Role::Prefill).any(|prefill| of(Role::Decode).any(|decode| fit(prefill, decode)));
+    if !paired && of(Role::Both).next().is_none() {
+        return Err(unpaired(of(Role::Prefill).count(), of(Role::Decode).count()));
+    }
+    Ok(members.iter().map(|member| member.max_context).filter(|context| *context > 0).min().unwrap_or(0))
+}
+
+fn fit(prefill: &Member, decode: &Member) -> bool {
+    let key = |member: &Member| (member.weights_fingerprint, member.layout_fingerprint);
+    key(prefill) == key(decode) && prefill.model == decode.model
+}
+
+fn nobody(status: &StatusReply, model: &str) -> String {
+    match status.members.len() {
+        0 => "no workers have joined".into(),
+        some if model.is_empty() => format!("all {some} workers are draining"),
+        some => format!("none of {some} workers serves {model:?}"),
+    }
+}
+
+fn unpaired(prefill: usize, decode: usize) -> String {
+    match (prefill, decode) {
+        (0, _) => format!("{decode} decode workers, but no prefill worker"),
+        (_, 0) => format!("{prefill} prefill workers, but no decode worker"),
+        _ => "no prefill worker fits a decode worker: model, weights or KV layout differ".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn member(role: Role, weights: u64, max_context: u32) -> Member {
+        Member {
+            role: role as i32,
+            weights_fingerprint: weights,
+            max_context,
+            model: "m".into(),
+            ..Member::default()
+        }
+    }
+
+    fn status(members: &[Member]) -> StatusReply {
+        StatusReply { members: members.to_vec(), ..StatusReply::default() }
+    }
+
+    #[test]
+    fn a_pair_or_a_both_is_usable_and_the_shortest_context_holds() {
+        let pair = [member(Role::Prefill, 1, 2048), member(Role::Decode, 1, 1024)];
+        assert_eq!(usable(&status(&pair), ""), Ok(1024));
+        assert_eq!(usable(&status(&[member(Role::Both, 1, 0)]), "m"), Ok(0));
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        let reason = |members: &[Member], model| usable(&status(members), model).unwrap_err();
+        assert!(reason(&[], "").contains("no workers"));
+        assert!(reason(&[member(Role::Prefill, 1, 0)], "").contains("no decode"));
+        assert!(reason(&[member(Role::Decode, 1, 0)], "").contains("no prefill"));
+        assert!(reason(&[member(Role::Prefill, 1, 0), member(Role::Decode, 2, 0)], "").contains("differ"));
+        assert!(reason(&[member(Role::Both, 1, 0)], "other").contains("other"));
+        assert!(reason(&[Member { draining: true, ..member(Role::Both, 1, 0) }], "").contains("draining"));
+    }
+}

@@ -1,0 +1,132 @@
+//! What all requests share: the model, the routers, the bounds, the places.
+
+use crate::answer::{Bounds, Upstream};
+use crate::config::ms;
+use crate::model::Model;
+use crate::{Config, Error, cluster};
+use openai::Code;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use telemetry::Readiness;
+use telemetry::gateway::Metrics;
+use tokio::sync::{Semaphore, watch};
+
+pub struct Gateway {
+    pub config: Config,
+    pub model: Arc<Model>,
+    /// Names by which clients know the model.
+    pub names: Vec<String>,
+    pub upstream: Arc<Upstream>,
+    pub metrics: Metrics,
+    /// Places for requests.
+    pub places: Arc<Semaphore>,
+    /// Places for parsing and tokenising large bodies.
+    pub tokenizers: Semaphore,
+    /// Turns true when running answers must end.
+    pub closing: watch::Receiver<bool>,
+    /// Seconds since the epoch.
+    pub started: u64,
+    ready: watch::Sender<Readiness>,
+    /// The workers' bound; 0 while unknown.
+    cluster_context: watch::Sender<u32>,
+}
+
+/// Between looks at the cluster when nobody asks.
+const LOOK: Duration = Duration::from_secs(1);
+
+impl Gateway {
+    pub fn new(config: Config, metrics: Metrics, closing: watch::Receiver<bool>) -> Result<Self, Error> {
+        config.check().map_err(Error::Config)?;
+        let model = Arc::new(Model::load(&config.model_dir, config.max_context)?);
+        let upstream = Arc::new(Upstream::new(&config.routers, &config.timeouts)?);
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Ok(Gateway {
+            names: names(&config),
+            model,
+            upstream,
+            metrics,
+            places: Arc::new(Semaphore::new(config.limits.concurrent_requests.min(Semaphore::MAX_PERMITS))),
+            tokenizers: Semaphore::new(tokenizers(&config)),
+            closing,
+            started: since.as_secs(),
+            ready: watch::Sender::new(Readiness::not("the router has not been asked yet")),
+            cluster_context: watch::Sender::new(0),
+            config,
+        })
+    }
+
+    pub fn readiness(&self) -> watch::Receiver<Readiness> {
+        self.ready.subscribe()
+    }
+
+    /// Asks a router whether a request would succeed now.
+    pub async fn look(&self) {
+        let found = match self.upstream.status().await {
+            Ok(status) => cluster::usable(&status, &self.config.worker_model),
+            Err(error) => Err(error.message),
+        };
+        let state = match found {
+            Ok(context) => {
+                self.cluster_context.send_replace(context);
+                Readiness::ready()
+            }
+            Err(reason) => Readiness::not(reason),
+        };
+        self.ready.send_replace(if *self.closing.borrow() { Readiness::not("stopping") } else { state });
+    }
+
+    pub async fn keep_looking(&self) {
+        loop {
+            self.look().await;
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    pub fn bounds(&self) -> Bounds {
+        Bounds {
+            max_context: self.max_context(),
+            prompt_tokens: self.config.limits.prompt_tokens,
+            sequences: self.config.limits.sequences,
+            default_completion_tokens: self.config.default_completion_tokens,
+        }
+    }
+
+    /// Of model and workers, the smaller.
+    pub fn max_context(&self) -> u32 {
+        match *self.cluster_context.borrow() {
+            0 => self.model.max_context,
+            context => context.min(self.model.max_context),
+        }
+    }
+
+    pub fn check_model(&self, name: &str) -> Result<(), openai::Error> {
+        if self.names.iter().any(|known| known == name) {
+            return Ok(());
+        }
+        let message = format!(
+            "The model {:?} does not exist; served here: {}",
+            openai::shorten(name),
+            self.names.join(", ")
+        );
+        Err(openai::Error::at(Code::ModelNotFound, "model", message))
+    }
+
+    pub fn overloaded(&self, message: &str) -> openai::Error {
+        openai::Error::new(Code::Overloaded, message).retry_after(ms(self.config.timeouts.retry_after_ms))
+    }
+}
+
+fn names(config: &Config) -> Vec<String> {
+    if !config.served_model_name.is_empty() {
+        return config.served_model_name.clone();
+    }
+    let absolute = std::fs::canonicalize(&config.model_dir).unwrap_or_else(|_| config.model_dir.clone());
+    vec![absolute.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())]
+}
+
+fn tokenizers(config: &Config) -> usize {
+    match config.limits.tokenizers {
+        0 => std::thread::available_parallelism().map_or(1, |cores| cores.get()),
+        some => some,
+    }
+}

@@ -1,0 +1,108 @@
+//! Listeners, start and stop.
+
+use crate::api;
+use crate::config::ms;
+use crate::gateway::Gateway;
+use crate::{Config, Error};
+use axum::Router;
+use axum::serve::ListenerExt;
+use std::future::{Future, IntoFuture};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use telemetry::Registry;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+/// For answers to say that they were cut off.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// A gateway that has its ports and its model, and serves nobody yet.
+pub struct Server {
+    gateway: Arc<Gateway>,
+    registry: Arc<Registry>,
+    public: TcpListener,
+    admin: TcpListener,
+    /// Set when running answers must end.
+    cut: watch::Sender<bool>,
+}
+
+/// Serves until `shutdown`, after one line on stdout that says where.
+pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
+    let server = Server::bind(config).await?;
+    announce(server.http()?, server.admin()?);
+    server.serve(shutdown).await
+}
+
+impl Server {
+    pub async fn bind(config: Config) -> Result<Self, Error> {
+        let mut registry = Registry::default();
+        let metrics = telemetry::gateway::Metrics::new(&mut registry);
+        let (cut, closing) = watch::channel(false);
+        let (public, admin) = (config.listen, config.admin);
+        let gateway = Arc::new(Gateway::new(config, metrics, closing)?);
+        Ok(Server {
+            gateway,
+            registry: Arc::new(registry),
+            public: listen(public).await?,
+            admin: listen(admin).await?,
+            cut,
+        })
+    }
+
+    /// Where the OpenAI API is.
+    pub fn http(&self) -> Result<SocketAddr, Error> {
+        Ok(self.public.local_addr()?)
+    }
+
+    pub fn admin(&self) -> Result<SocketAddr, Error> {
+        Ok(self.admin.local_addr()?)
+    }
+
+    /// Until `shutdown`; then takes no more requests, lets running answers end for `drain_ms`, cuts the rest.
+    pub async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
+        let Server { gateway, registry, public, admin, cut } = self;
+        let (stop, stopping) = watch::channel(false);
+        let serving = async {
+            tokio::try_join!(
+                serve(public, api::public(gateway.clone(), registry.clone()), stopping.clone()),
+                serve(admin, api::admin(gateway.clone(), registry), stopping),
+            )
+        };
+        tokio::pin!(serving);
+        tokio::select! {
+            result = &mut serving => return Ok(result.map(drop)?),
+            () = gateway.keep_looking() => {}
+            () = shutdown => {}
+        }
+        stop.send_replace(true);
+        if tokio::time::timeout(ms(gateway.config.timeouts.drain_ms), &mut serving).await.is_err() {
+            cut.send_replace(true);
+            let _ = tokio::time::timeout(LAST_WORDS, serving).await;
+        }
+        Ok(())
+    }
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(address).await.map_err(|source| Error::Listen { address, source })
+}
+
+async fn serve(listener: TcpListener, app: Router, mut stopping: watch::Receiver<bool>) -> io::Result<()> {
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "set_nodelay");
+        }
+    });
+    let stopped = async move { drop(stopping.wait_for(|stop| *stop).await) };
+    axum::serve(listener, app).with_graceful_shutdown(stopped).into_future().await
+}
+
+/// The one line on stdout, for whoever started this.
+fn announce(http: SocketAddr, admin: SocketAddr) {
+    let http = format!("http://{http}");
+    let admin = format!("http://{admin}");
+    println!("{}", serde_json::json!({"listening": {"http": http, "admin": admin}}));
+    tracing::info!(%http, %admin, "gateway listens");
+}

@@ -1,0 +1,174 @@
+//! How answers end: stop strings, stop tokens, the client leaving, the gateway stopping.
+
+use crate::client::{Live, get};
+use crate::fake::{Act, Cluster, answer, chat, completion, encode, endless, finished, started, tokens};
+use proto::FinishReason;
+use serde_json::{Value, json};
+use std::time::Duration;
+
+fn streamed(chunks: &[Value]) -> String {
+    chunks.iter().filter_map(|chunk| chunk["choices"][0]["text"].as_str()).collect()
+}
+
+#[tokio::test]
+async fn a_stop_string_over_several_tokens_ends_the_call_at_once() {
+    let cluster = Cluster::start(|request| endless(request, "one two three four")).await;
+    assert!(encode("two three").len() > 1);
+    let whole = cluster.complete(json!({"stop": ["nowhere", "wo thr"]})).await.json();
+    assert_eq!(
+        whole["choices"][0],
+        json!({"index": 0, "text": "one t", "logprobs": null, "finish_reason": "stop", "stop_reason": "wo thr"})
+    );
+    cluster.left(1).await;
+    let chunks = cluster.complete(json!({"stop": "wo thr", "stream": true})).await.chunks();
+    assert_eq!(streamed(&chunks), "one t");
+    assert_eq!(chunks.last().unwrap()["choices"][0]["stop_reason"], "wo thr");
+    cluster.left(2).await;
+    let kept = cluster.complete(json!({"stop": "wo thr", "include_stop_str_in_output": true})).await.json();
+    assert_eq!(kept["choices"][0]["text"], "one two thr");
+}
+
+#[tokio::test]
+async fn only_what_may_become_a_stop_string_waits() {
+    let cluster = Cluster::start(|request| endless(request, "one two")).await;
+    let body = completion(json!({"stop": "two three", "stream": true}));
+    let mut live = Live::post(cluster.http, "/v1/completions", &body).await;
+    live.until("one").await;
+    assert!(!live.reply().body.contains("two"));
+
+    let cluster = Cluster::start(|request| answer(request, "one two")).await;
+    let whole = cluster.complete(json!({"stop": "two three"})).await.json();
+    assert_eq!(
+        (&whole["choices"][0]["text"], &whole["choices"][0]["stop_reason"]),
+        (&json!("one two"), &Value::Null)
+    );
+}
+
+#[tokio::test]
+async fn stop_strings_wait_for_min_tokens() {
+    let cluster = Cluster::start(|request| answer(request, "one two three two four")).await;
+    let min = encode("one two three").len();
+    let whole = cluster.complete(json!({"stop": " two", "min_tokens": min})).await.json();
+    assert_eq!(whole["choices"][0]["text"], "one two three");
+}
+
+#[tokio::test]
+async fn stop_tokens_are_named_and_their_text_is_left_out() {
+    let id = encode(" two")[0];
+    let script = move |request: &proto::GenerateRequest| {
+        let ids = [encode("one"), vec![id]].concat();
+        [vec![started()], tokens(request, &ids), vec![finished(FinishReason::Stop, Some(id))]].concat()
+    };
+    let cluster = Cluster::start(script).await;
+    let whole = cluster.complete(json!({"stop_token_ids": [id]})).await.json();
+    assert_eq!(
+        (&whole["choices"][0]["text"], &whole["choices"][0]["stop_reason"]),
+        (&json!("one"), &json!(id))
+    );
+    assert_eq!(cluster.asked()[0].sequence.as_ref().unwrap().stop.as_ref().unwrap().token_ids, [id]);
+    let kept =
+        cluster.complete(json!({"stop_token_ids": [id], "include_stop_str_in_output": true})).await.json();
+    assert_eq!(kept["choices"][0]["text"], "one two");
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_ends_the_call() {
+    let cluster = Cluster::start(|request| endless(request, "one two")).await;
+    let mut streaming =
+        Live::post(cluster.http, "/v1/chat/completions", &chat(json!({"stream": true, "n": 2}))).await;
+    streaming.until("\"index\":1").await;
+    drop(streaming);
+    cluster.left(2).await;
+    let whole = Live::post(cluster.http, "/v1/chat/completions", &chat(json!({}))).await;
+    while cluster.asked().len() < 3 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    drop(whole);
+    cluster.left(3).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let metrics = get(cluster.http, "/metrics").await.body;
+    assert!(metrics.contains("{endpoint=\"/v1/chat/completions\",code=\"499\"} 2"), "{metrics}");
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_before_the_first_event_ends_the_call() {
+    let cluster = Cluster::start(|_| vec![Act::Hang]).await;
+    let mut waiting = Live::post(cluster.http, "/v1/chat/completions", &chat(json!({"stream": true}))).await;
+    assert!(waiting.quiet_for(100).await, "headers wait for the first event");
+    drop(waiting);
+    cluster.left(1).await;
+}
+
+#[tokio::test]
+async fn comments_keep_a_silent_stream_alive() {
+    let configure = |config: &mut gateway::Config| {
+        config.stream.commit_ms = 50;
+        config.stream.keep_alive_ms = 50;
+    };
+    let slow = |request: &proto::GenerateRequest| {
+        let mut script = answer(request, "late");
+        script.insert(0, Act::Wait(200));
+        script.insert(3, Act::Wait(120));
+        script
+    };
+    let cluster = Cluster::with(slow, configure).await;
+    let mut live = Live::post(cluster.http, "/v1/chat/completions", &chat(json!({"stream": true}))).await;
+    live.until(": keep-alive\n\n").await;
+    assert!(!live.reply().body.contains("role"), "the comment came before the first event");
+    live.finish().await;
+    let body = live.reply().body;
+    assert!(body.rfind(": keep-alive") > body.find("role"), "and again between tokens: {body}");
+    assert!(body.ends_with("data: [DONE]\n\n"));
+
+    let never = |config: &mut gateway::Config| {
+        config.stream.commit_ms = 50;
+        config.stream.keep_alive_ms = 0;
+    };
+    let cluster = Cluster::with(slow, never).await;
+    assert!(!cluster.chat(json!({"stream": true})).await.body.contains("keep-alive"));
+}
+
+#[tokio::test]
+async fn stopping_lets_answers_end_and_cuts_the_rest() {
+    let script = |request: &proto::GenerateRequest| {
+        if request.sequence.as_ref().unwrap().stop.as_ref().unwrap().max_tokens == 1 {
+            return endless(request, "one");
+        }
+        let mut script = answer(request, "one two");
+        script.insert(2, Act::Wait(200));
+        script
+    };
+    let mut cluster = Cluster::with(script, |config| config.timeouts.drain_ms = 600).await;
+    let mut short = Live::post(cluster.http, "/v1/chat/completions", &chat(json!({"stream": true}))).await;
+    let mut long =
+        Live::post(cluster.http, "/v1/chat/completions", &chat(json!({"stream": true, "max_tokens": 1})))
+            .await;
+    short.until("one").await;
+    long.until("one").await;
+    cluster.stop();
+    short.finish().await;
+    assert!(short.reply().body.ends_with("[DONE]\n\n"));
+    long.finish().await;
+    assert!(long.reply().body.contains("\"server_overloaded\""), "{}", long.reply().body);
+    cluster.left(1).await;
+}
+
+#[tokio::test]
+async fn a_client_that_takes_nothing_is_given_up() {
+    let script = |request: &proto::GenerateRequest| {
+        let ids = vec![50; 2000];
+        [vec![started()], tokens(request, &ids), vec![Act::Hang]].concat()
+    };
+    let configure = |config: &mut gateway::Config| config.timeouts.stalled_client_ms = 200;
+    let cluster = Cluster::with(script, configure).await;
+    let body = chat(json!({"stream": true, "logprobs": true, "top_logprobs": 2, "n": 8}));
+    let _never_read = Live::post(cluster.http, "/v1/chat/completions", &body).await;
+    let given_up = async {
+        while cluster.fake.left.load(std::sync::atomic::Ordering::SeqCst) < 8 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), given_up)
+        .await
+        .expect("its calls go on though it reads nothing");
+}

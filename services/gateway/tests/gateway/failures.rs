@@ -1,0 +1,143 @@
+//! When the router or what is behind it fails: before the first event an HTTP error, after it an SSE event.
+
+use crate::client::get;
+use crate::fake::{Act, Cluster, answer, encode, serve_fake, started, tokens};
+use proto::generate_event::Event;
+use proto::{ErrorCode, GenerateRequest};
+use serde_json::json;
+
+fn error(code: ErrorCode) -> proto::Error {
+    proto::Error::new(code, "because")
+}
+
+#[tokio::test]
+async fn errors_before_the_first_event_are_http_errors() {
+    let rows = [
+        (ErrorCode::InvalidRequest, 400, "invalid_value", false),
+        (ErrorCode::ContextLength, 400, "context_length_exceeded", false),
+        (ErrorCode::ModelNotFound, 404, "model_not_found", false),
+        (ErrorCode::QueueFull, 503, "server_overloaded", true),
+        (ErrorCode::NoMembers, 503, "server_overloaded", true),
+        (ErrorCode::Deadline, 504, "timeout", false),
+        (ErrorCode::WorkerLost, 502, "worker_lost", false),
+        (ErrorCode::Internal, 500, "internal_error", false),
+    ];
+    for (code, status, name, retry) in rows {
+        // As a status, as the stream's first event, and as a status after the headers.
+        for script in [
+            vec![Act::Fail(error(code))],
+            vec![Act::Say(Event::Error(error(code)))],
+            vec![Act::Wait(1), Act::Fail(error(code))],
+        ] {
+            let cluster = Cluster::start(move |_| script.clone()).await;
+            for stream in [false, true] {
+                let reply = cluster.chat(json!({"stream": stream})).await;
+                assert_eq!(reply.error(), (status, String::new(), name.into()));
+                assert_eq!(reply.header("retry-after").is_some(), retry, "{code:?}");
+                assert!(reply.body.contains("because"));
+            }
+        }
+    }
+}
+
+fn broken(request: &GenerateRequest, end: Act) -> Vec<Act> {
+    [vec![started()], tokens(request, &encode("one two")), vec![end]].concat()
+}
+
+#[tokio::test]
+async fn errors_after_the_first_event_are_sse_events() {
+    for (end, code) in [
+        (Act::Say(Event::Error(error(ErrorCode::WorkerLost))), "worker_lost"),
+        (Act::Fail(error(ErrorCode::QueueFull)), "server_overloaded"),
+        (Act::Vanish, "worker_lost"),
+    ] {
+        let cluster = Cluster::start(move |request| broken(request, end.clone())).await;
+        let reply = cluster.chat(json!({"stream": true})).await;
+        assert_eq!(reply.status, 200);
+        let last = reply.body.trim_end().rsplit("\n\n").next().unwrap();
+        let event: serde_json::Value = serde_json::from_str(last.strip_prefix("data: ").unwrap()).unwrap();
+        assert_eq!(event["error"]["code"], code);
+        assert!(reply.body.contains("two"), "what came before is not lost");
+        let whole = cluster.chat(json!({})).await;
+        assert_eq!(whole.error().2, code);
+        assert_ne!(whole.status, 200);
+    }
+}
+
+#[tokio::test]
+async fn tokens_out_of_place_are_never_passed_on() {
+    let cluster = Cluster::start(|request| {
+        let mut script = answer(request, "one two three");
+        script.remove(2);
+        script
+    })
+    .await;
+    let reply = cluster.chat(json!({})).await;
+    assert_eq!(reply.error(), (500, String::new(), "internal_error".into()));
+    assert!(reply.body.contains("was due"), "{}", reply.body);
+}
+
+#[tokio::test]
+async fn missing_prompt_logprobs_are_an_error() {
+    let cluster = Cluster::start(|request| answer(request, "yes")).await;
+    let reply = cluster.complete(json!({"echo": true, "logprobs": 1})).await;
+    assert_eq!(reply.error().2, "internal_error");
+}
+
+#[tokio::test]
+async fn a_new_request_goes_to_the_router_that_answers() {
+    let (second, address) = serve_fake(Box::new(|request| answer(request, "second"))).await;
+    let configure = |config: &mut gateway::Config| {
+        config.routers.insert(0, "http://127.0.0.1:1".into());
+        config.routers.push(format!("http://{address}"));
+    };
+    let gone = |request: &GenerateRequest| match request.sequence.as_ref().unwrap().tokens.len() {
+        9 => vec![Act::Vanish],
+        _ => vec![Act::Fail(error(ErrorCode::Draining))],
+    };
+    let cluster = Cluster::with(gone, configure).await;
+    assert_eq!(get(cluster.http, "/ready").await.status, 200);
+    for reply in [cluster.chat(json!({})).await, cluster.chat(json!({})).await] {
+        assert_eq!(reply.json()["choices"][0]["message"]["content"], "second");
+    }
+    assert_eq!(cluster.asked().len(), 1, "the router that answers is preferred from then on");
+    assert_eq!(second.asked.lock().unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn without_any_router_requests_are_told_to_come_back() {
+    let cluster =
+        Cluster::with(|_| vec![], |config| config.routers = vec!["http://127.0.0.1:1".into()]).await;
+    let reply = cluster.chat(json!({"stream": true})).await;
+    assert_eq!(reply.error(), (503, String::new(), "server_overloaded".into()));
+    assert_eq!(reply.header("retry-after"), Some("1"));
+    let ready = get(cluster.http, "/ready").await;
+    assert_eq!((ready.status, ready.body.contains("no router answers")), (503, true), "{}", ready.body);
+}
+
+#[tokio::test]
+async fn readiness_follows_the_cluster() {
+    let cluster = Cluster::start(|_| vec![]).await;
+    assert_eq!(get(cluster.admin, "/ready").await.status, 200);
+    let decode = cluster.fake.members.lock().unwrap().pop();
+    let ready = get(cluster.http, "/ready").await;
+    assert_eq!((ready.status, ready.body.contains("no decode worker")), (503, true), "{}", ready.body);
+    cluster.fake.members.lock().unwrap().extend(decode);
+    assert_eq!(get(cluster.http, "/ready").await.status, 200);
+}
+
+#[tokio::test]
+async fn silence_and_slowness_have_their_bounds() {
+    let silent = Cluster::with(|_| vec![Act::Silence], |config| config.timeouts.silence_ms = 100).await;
+    assert_eq!(silent.chat(json!({})).await.error(), (503, String::new(), "server_overloaded".into()));
+    let mute =
+        Cluster::with(|request| broken(request, Act::Silence), |config| config.timeouts.silence_ms = 100)
+            .await;
+    assert_eq!(mute.chat(json!({})).await.error().2, "worker_lost");
+    let slow =
+        Cluster::with(|request| broken(request, Act::Hang), |config| config.timeouts.request_ms = 150).await;
+    assert_eq!(slow.chat(json!({})).await.error(), (504, String::new(), "timeout".into()));
+    let streamed = slow.chat(json!({"stream": true})).await;
+    assert!(streamed.body.contains("\"code\":\"timeout\""), "{}", streamed.body);
+    slow.left(2).await;
+}

@@ -1,0 +1,382 @@
+//! The members as the router knows them: what membership says, what we have placed there since, which
+//! prefixes they probably cache, and who failed a moment ago. Credits and decode slots are guards: dropping
+//! one gives back what it stands for. Knows no sockets; policy decides, this remembers.
+
+use crate::{
+    policy::{self, Candidate, Credits, Decision, Wanted},
+    prefixes::Prefixes,
+};
+use kv::{BlockHash, hash_blocks};
+use membership::View;
+use proto::{Load, Member, Role};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::{sync::Notify, time::Instant};
+
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    pub credits: Credits,
+    pub suspect: Duration,
+    pub refusal: Duration,
+    /// Block hashes remembered per member.
+    pub prefix_blocks: usize,
+}
+
+pub struct Cluster {
+    settings: Settings,
+    state: Mutex<State>,
+    /// Something changed that may let a waiting request be placed.
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    members: BTreeMap<String, Known>,
+    turns: u64,
+}
+
+struct Known {
+    member: Arc<Member>,
+    /// In the last view. Others stay until nothing of ours runs there, in case they come back.
+    present: bool,
+    owed_tokens: u64,
+    owed_requests: u32,
+    /// Decode slots we hold, and of these the ones that decode has not confirmed.
+    slots: u32,
+    pending: Use,
+    /// What we took and gave back since the member last reported its load.
+    unreported: Use,
+    prefixes: Prefixes,
+    suspected_until: Option<Instant>,
+    full_until: Option<Instant>,
+    turn: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Use {
+    blocks: i64,
+    sequences: i64,
+}
+
+/// A placement with everything it needs in hand.
+pub struct Grant {
+    pub prefill: Credit,
+    pub decode: Slot,
+    pub uncached: u32,
+}
+
+/// Why there is no grant.
+pub type Denied = Decision;
+
+impl Cluster {
+    pub fn new(settings: Settings) -> Arc<Self> {
+        Arc::new(Cluster { settings, state: Mutex::default(), changed: Notify::new() })
+    }
+
+    /// Takes over a whole view.
+    pub fn update(&self, view: &View) {
+        let mut state = self.lock();
+        state.members.values_mut().for_each(|known| known.present = false);
+        for member in &view.members {
+            match state.members.get_mut(&member.id) {
+                Some(known) => known.report(member),
+                None => drop(state.members.insert(member.id.clone(), self.newcomer(member))),
+            }
+        }
+        state.members.retain(|_, known| known.present || known.slots > 0 || known.owed_requests > 0);
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    fn newcomer(&self, member: &Member) -> Known {
+        Known {
+            member: Arc::new(member.clone()),
+            present: true,
+            owed_tokens: 0,
+            owed_requests: 0,
+            slots: 0,
+            pending: Use::default(),
+            unreported: Use::default(),
+            prefixes: Prefixes::new(self.settings.prefix_blocks),
+            suspected_until: None,
+            full_until: None,
+            turn: 0,
+        }
+    }
+
+    /// Decides and, if there is a place, takes it.
+    pub fn place(self: &Arc<Self>, wanted: &Wanted, prompt: &Prompt) -> Result<Grant, Denied> {
+        let mut state = self.lock();
+        let now = Instant::now();
+        let candidates: Vec<_> = state.members.values().map(|known| known.candidate(prompt, now)).collect();
+        match policy::place(wanted, &candidates, self.settings.credits) {
+            Decision::Place { prefill, decode, uncached } => {
+                drop(candidates);
+                Ok(self.take(&mut state, wanted, prompt, (&prefill, &decode, uncached)))
+            }
+            denied => Err(denied),
+        }
+    }
+
+    fn take(
+        self: &Arc<Self>,
+        state: &mut State,
+        wanted: &Wanted,
+        prompt: &Prompt,
+        (prefill, decode, uncached): (&str, &str, u32),
+    ) -> Grant {
+        state.turns += 1;
+        let turn = state.turns;
+        let known = state.chosen(prefill, prompt, turn);
+        known.owed_tokens += u64::from(uncached);
+        known.owed_requests += 1;
+        let credit = Credit { cluster: self.clone(), member: known.member.clone(), tokens: uncached };
+        let known = state.chosen(decode, prompt, turn);
+        let blocks = match wanted.pinned {
+            Some(_) => 0,
+            None => i64::from((wanted.tokens + 1).div_ceil(known.member.block_tokens.max(1))),
+        };
+        let slot = Slot {
+            cluster: self.clone(),
+            member: known.member.clone(),
+            size: Use { blocks, sequences: i64::from(wanted.pinned.is_none()) },
+            confirmed: false,
+        };
+        known.slots += 1;
+        known.pending.add(slot.size, 1);
+        Grant { prefill: credit, decode: slot, uncached }
+    }
+
+    /// What keeps a request from being placed now.
+    pub fn lack(&self, wanted: &Wanted, prompt: &Prompt) -> Option<Denied> {
+        let (state, now) = (self.lock(), Instant::now());
+        let candidates: Vec<_> = state.members.values().map(|known| known.candidate(prompt, now)).collect();
+        match policy::place(wanted, &candidates, self.settings.credits) {
+            Decision::Place { .. } => None,
+            denied => Some(denied),
+        }
+    }
+
+    /// The member failed: nothing new goes there for a while.
+    pub fn suspect(&self, id: &str) {
+        let until = Instant::now() + self.settings.suspect;
+        self.with(id, |known| known.suspected_until = Some(until));
+        self.changed.notify_one();
+    }
+
+    /// The member answered.
+    pub fn trust(&self, id: &str) {
+        self.with(id, |known| known.suspected_until = None);
+    }
+
+    /// The member refused for want of capacity, whatever its last report says.
+    pub fn refused(&self, id: &str) {
+        let until = Instant::now() + self.settings.refusal;
+        self.with(id, |known| known.full_until = Some(until));
+    }
+
+    /// A member that ended a sequence of these tokens has their blocks in its prefix cache.
+    pub fn remember(&self, id: &str, tokens: &[u32]) {
+        self.with(id, |known| {
+            let hashes = hash_blocks(tokens, known.member.block_tokens.max(1) as usize);
+            known.prefixes.record(&hashes);
+        });
+    }
+
+    /// Whether a request could be placed at all; if not, why.
+    pub fn readiness(&self) -> Result<(), String> {
+        let (state, now, nothing) = (self.lock(), Instant::now(), Prompt::new(&[]));
+        let candidates: Vec<_> = state.members.values().map(|known| known.candidate(&nothing, now)).collect();
+        policy::readiness(&candidates)
+    }
+
+    /// How many members are in each role and state.
+    pub fn census(&self) -> BTreeMap<(Role, &'static str), u32> {
+        let (state, now) = (self.lock(), Instant::now());
+        let mut census = BTreeMap::new();
+        for known in state.members.values().filter(|known| known.present) {
+            *census.entry((known.member.role(), known.condition(now))).or_default() += 1;
+        }
+        census
+    }
+
+    pub fn members(&self) -> Vec<Member> {
+        let state = self.lock();
+        let present = state.members.values().filter(|known| known.present);
+        present.map(|known| known.member.as_ref().clone()).collect()
+    }
+
+    /// Makes [`Cluster::changed`] resolve.
+    pub fn wake(&self) {
+        self.changed.notify_one();
+    }
+
+    /// Resolves after the next change since the last call.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Whether any credit or slot is out.
+    #[cfg(test)]
+    pub fn owes(&self) -> bool {
+        let idle = |known: &Known| {
+            let zero = known.pending == Use::default() && known.unreported == Use::default();
+            zero && (known.owed_tokens, known.owed_requests, known.slots) == (0, 0, 0)
+        };
+        !self.lock().members.values().all(idle)
+    }
+
+    fn with(&self, id: &str, change: impl FnOnce(&mut Known)) {
+        if let Some(known) = self.lock().members.get_mut(id) {
+            change(known);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// A member that policy chose from this very state.
+    fn chosen(&mut self, id: &str, prompt: &Prompt, turn: u64) -> &mut Known {
+        let known = self.members.get_mut(id).expect("policy chooses among the members it was given");
+        known.turn = turn;
+        known.prefixes.record(&prompt.hashes(known.member.block_tokens));
+        known
+    }
+}
+
+impl Known {
+    /// A changed record is a sign of life, and a new load report includes what we have done until now.
+    fn report(&mut self, member: &Member) {
+        self.present = true;
+        if *self.member == *member {
+            return;
+        }
+        if self.member.load != member.load {
+            self.unreported = Use::default();
+            self.full_until = None;
+        }
+        self.suspected_until = None;
+        self.member = Arc::new(member.clone());
+    }
+
+    fn candidate(&self, prompt: &Prompt, now: Instant) -> Candidate<'_> {
+        let load = self.member.load.unwrap_or_default();
+        let total = i64::from(load.blocks_total);
+        let free = i64::from(load.blocks_free) - self.pending.blocks - self.unreported.blocks;
+        let used =
+            i64::from(load.running + load.reserved) + self.pending.sequences + self.unreported.sequences;
+        let block_tokens = self.member.block_tokens;
+        let cached = self.prefixes.matching(&prompt.hashes(block_tokens));
+        Candidate {
+            member: &self.member,
+            excluded: self.condition(now) != "ready",
+            full: self.full_until.is_some_and(|until| now < until),
+            blocks_free: u32::try_from(free.clamp(0, total)).unwrap_or(0),
+            sequences_used: u32::try_from(used.max(0)).unwrap_or(u32::MAX),
+            owed_tokens: self.owed_tokens,
+            owed_requests: self.owed_requests,
+            cached_tokens: u32::try_from(cached).unwrap_or(0).saturating_mul(block_tokens),
+            turn: self.turn,
+        }
+    }
+
+    fn condition(&self, now: Instant) -> &'static str {
+        let reporting = self.member.load.is_some_and(|load: Load| load.blocks_total > 0);
+        match () {
+            _ if !self.present => "gone",
+            _ if self.member.draining => "draining",
+            _ if !reporting => "starting",
+            _ if self.suspected_until.is_some_and(|until| now < until) => "suspected",
+            _ => "ready",
+        }
+    }
+}
+
+impl Use {
+    fn add(&mut self, other: Use, sign: i64) {
+        self.blocks += sign * other.blocks;
+        self.sequences += sign * other.sequences;
+    }
+}
+
+/// Uncomputed prompt tokens that a member owes us. Dropped when the first token is there.
+pub struct Credit {
+    cluster: Arc<Cluster>,
+    pub member: Arc<Member>,
+    tokens: u32,
+}
+
+impl Drop for Credit {
+    fn drop(&mut self) {
+        let tokens = u64::from(self.tokens);
+        self.cluster.with(&self.member.id, |known| {
+            known.owed_tokens = known.owed_tokens.saturating_sub(tokens);
+            known.owed_requests = known.owed_requests.saturating_sub(1);
+        });
+        self.cluster.changed.notify_one();
+    }
+}
+
+/// Room for one sequence on a decode member. Dropped when the sequence has ended there.
+pub struct Slot {
+    cluster: Arc<Cluster>,
+    pub member: Arc<Member>,
+    size: Use,
+    confirmed: bool,
+}
+
+impl Slot {
+    /// The member holds the blocks now: its next load report includes them.
+    pub fn confirm(&mut self) {
+        if std::mem::replace(&mut self.confirmed, true) {
+            return;
+        }
+        let size = self.size;
+        self.cluster.with(&self.member.id, |known| {
+            known.pending.add(size, -1);
+            known.unreported.add(size, 1);
+        });
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.cluster.with(&self.member.id, |known| {
+            let account = if self.confirmed { &mut known.unreported } else { &mut known.pending };
+            account.add(self.size, -1);
+            known.slots = known.slots.saturating_sub(1);
+            if self.confirmed {
+                known.full_until = None;
+            }
+        });
+        self.cluster.changed.notify_one();
+    }
+}
+
+/// Tokens of a request with their block hashes, computed once for each block size in the cluster.
+pub struct Prompt {
+    tokens: Arc<[u32]>,
+    hashes: Mutex<HashMap<u32, Arc<[BlockHash]>>>,
+}
+
+impl Prompt {
+    pub fn new(tokens: &[u32]) -> Self {
+        Prompt { tokens: tokens.into(), hashes: Mutex::default() }
+    }
+
+    fn hashes(&self, block_tokens: u32) -> Arc<[BlockHash]> {
+        let mut hashes = self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
+        let compute = || hash_blocks(&self.tokens, block_tokens.max(1) as usize).into();
+        hashes.entry(block_tokens).or_insert_with(compute).clone()
+    }
+}
+
+#[cfg(test)]
+#[path = "cluster_tests.rs"]
+mod tests;

@@ -1,0 +1,99 @@
+//! What the cluster view promises: credits come back, suspicion heals, prefixes are remembered within bounds.
+
+use super::*;
+use crate::policy::Lack;
+
+fn settings() -> Settings {
+    let credits = Credits { tokens: 1000, requests: 2 };
+    let short = Duration::from_secs(1);
+    Settings { credits, suspect: short, refusal: short, prefix_blocks: 100 }
+}
+
+fn member(id: &str, role: Role, free: u32) -> Member {
+    Member {
+        id: id.into(),
+        role: role as i32,
+        block_tokens: 4,
+        max_context: 400,
+        max_sequences: 8,
+        load: Some(Load { blocks_total: 10, blocks_free: free, ..Load::default() }),
+        ..Member::default()
+    }
+}
+
+fn view(members: &[Member]) -> View {
+    View { members: members.to_vec(), revision: 1, connected: true }
+}
+
+fn place(cluster: &Arc<Cluster>, tokens: u32) -> Result<Grant, Denied> {
+    let prompt: Vec<u32> = (0..tokens).collect();
+    cluster.place(&Wanted { tokens, total: tokens + 1, ..Wanted::default() }, &Prompt::new(&prompt))
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_placed_counts_until_it_is_reported_and_comes_back_when_it_ends() {
+    let cluster = Cluster::new(settings());
+    let [p, d] = [member("p", Role::Prefill, 10), member("d", Role::Decode, 10)];
+    cluster.update(&view(&[p.clone(), d]));
+    let mut first = place(&cluster, 20).unwrap();
+    assert_eq!(place(&cluster, 20).err(), Some(Decision::Wait(Lack::DecodeRoom)), "6 of 10 blocks are taken");
+    first.decode.confirm();
+    cluster.update(&view(&[p.clone(), member("d", Role::Decode, 4)]));
+    assert!(place(&cluster, 12).is_ok(), "counted once, not twice");
+    drop(first);
+    assert!(place(&cluster, 35).is_ok(), "freed before the next report says so");
+}
+
+#[tokio::test(start_paused = true)]
+async fn credits_come_back() {
+    let cluster = Cluster::new(settings());
+    cluster.update(&view(&[member("b", Role::Both, 10)]));
+    let held: Vec<_> = (0..2).map(|_| place(&cluster, 2).unwrap()).collect();
+    assert!(matches!(place(&cluster, 2), Err(Decision::Wait(_))));
+    drop(held);
+    assert!(place(&cluster, 2).is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn suspicion_and_refusal_pass_with_time_or_a_sign_of_life() {
+    let cluster = Cluster::new(settings());
+    cluster.update(&view(&[member("b", Role::Both, 10)]));
+    cluster.suspect("b");
+    assert_eq!(place(&cluster, 2).err(), Some(Decision::NoMembers(Role::Prefill)));
+    assert!(cluster.readiness().is_err());
+    cluster.update(&view(&[member("b", Role::Both, 10)]));
+    assert!(place(&cluster, 2).is_err(), "the same record again is no sign of life");
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert!(place(&cluster, 2).is_ok());
+    cluster.suspect("b");
+    cluster.refused("b");
+    cluster.update(&view(&[member("b", Role::Both, 9)]));
+    assert!(place(&cluster, 2).is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_left_gets_nothing_new_and_keeps_its_account() {
+    let cluster = Cluster::new(settings());
+    let both = member("b", Role::Both, 10);
+    cluster.update(&view(std::slice::from_ref(&both)));
+    let grant = place(&cluster, 20).unwrap();
+    cluster.update(&view(&[]));
+    assert!(matches!(place(&cluster, 2), Err(Decision::NoMembers(_))));
+    assert!(cluster.members().is_empty());
+    cluster.update(&view(&[both]));
+    assert!(matches!(place(&cluster, 20), Err(Decision::Wait(_))), "what runs there still counts");
+    drop(grant);
+    cluster.update(&view(&[]));
+    assert!(cluster.lock().members.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_repeated_prompt_returns_to_the_member_that_has_it() {
+    let cluster = Cluster::new(settings());
+    let members = ["a", "b", "c"].map(|id| member(id, Role::Both, 10));
+    cluster.update(&view(&members));
+    let first = place(&cluster, 16).unwrap().decode.member.id.clone();
+    let again = place(&cluster, 16).unwrap();
+    assert_eq!(again.decode.member.id, first);
+    assert_eq!(again.uncached, 1, "one token is computed to sample the next from");
+}

@@ -1,0 +1,329 @@
+//! Where a request goes, as a pure function of the request and a view of the cluster. Decode capacity
+//! decides first, then cached prefix and load. Only members of equal model, weights, KV layout and version
+//! are paired; when nothing fits the decision says why. Knows no clock and no sockets, and changes nothing.
+
+use proto::{Member, Role};
+
+/// What placing needs to know of a request.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// Served model name; empty: any.
+    pub model: String,
+    /// Prompt, and output generated so far.
+    pub tokens: u32,
+    /// Prompt and the longest output: what context and pool must be able to hold.
+    pub total: u32,
+    /// A decode member that holds a reservation for it already: only a prefill member is wanted.
+    pub pinned: Option<String>,
+    /// Members that failed it: taken only when there is no other.
+    pub avoid: Vec<String>,
+}
+
+/// A member as one request sees it.
+#[derive(Clone, Debug)]
+pub struct Candidate<'a> {
+    pub member: &'a Member,
+    /// Gone, draining, suspected or not yet reporting: no new placements.
+    pub excluded: bool,
+    /// Refused for want of capacity a moment ago.
+    pub full: bool,
+    pub blocks_free: u32,
+    pub sequences_used: u32,
+    /// Uncomputed prompt tokens, and requests without a first token, that we placed there.
+    pub owed_tokens: u64,
+    pub owed_requests: u32,
+    /// Leading tokens of this request that are probably in its prefix cache.
+    pub cached_tokens: u32,
+    /// When it was last chosen; settles ties, so that equals take turns.
+    pub turn: u64,
+}
+
+/// What a prefill member may owe at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Credits {
+    pub tokens: u64,
+    pub requests: u32,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Decision {
+    /// Member ids; equal for a member of role both that does everything.
+    Place {
+        prefill: String,
+        decode: String,
+        uncached: u32,
+    },
+    Wait(Lack),
+    NoMembers(Role),
+    Mismatch(String),
+    TooLong {
+        tokens: u32,
+        limit: u32,
+    },
+    ModelNotFound,
+}
+
+/// What a waiting request waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lack {
+    DecodeRoom,
+    PrefillCredit,
+}
+
+/// A member of role both is preferred to a pair when it is this much less loaded, in thousandths:
+/// prefill and decode disturb each other there.
+const BOTH_MARGIN: u64 = 250;
+
+pub fn place(wanted: &Wanted, members: &[Candidate], credits: Credits) -> Decision {
+    let view =
+        View { wanted, credits, members: members.iter().filter(|m| serves(m.member, wanted)).collect() };
+    if view.members.is_empty() {
+        return if members.is_empty() { Decision::NoMembers(Role::Prefill) } else { Decision::ModelNotFound };
+    }
+    if let Some(limit) = view.exceeded_limit() {
+        return Decision::TooLong { tokens: wanted.total, limit };
+    }
+    match view.preferred() {
+        Some((prefill, decode)) => Decision::Place {
+            prefill: prefill.member.id.clone(),
+            decode: decode.member.id.clone(),
+            uncached: view.uncached(prefill),
+        },
+        None => view.why_not(),
+    }
+}
+
+/// Whether a request could be placed on an idle cluster of these members; if not, why.
+pub fn readiness(members: &[Candidate]) -> Result<(), String> {
+    let wanted = Wanted::default();
+    let credits = Credits { tokens: 0, requests: 0 };
+    let view = View { wanted: &wanted, credits, members: members.iter().collect() };
+    match view.why_not() {
+        Decision::Wait(_) => Ok(()),
+        Decision::Mismatch(reason) => Err(reason),
+        _ if members.is_empty() => Err("no worker has joined yet".into()),
+        Decision::NoMembers(role) => Err(no_members(role)),
+        other => Err(format!("{other:?}")),
+    }
+}
+
+pub fn no_members(role: Role) -> String {
+    let role = if role == Role::Prefill { "prefill" } else { "decode" };
+    format!(
+        "no {role} worker can be used: none is present that answers and is not draining; start one with `baton worker --role {role}`"
+    )
+}
+
+/// Why two members must not share a request's KV blocks.
+pub fn mismatch(prefill: &Member, decode: &Member) -> Option<String> {
+    let differs = |what: &str, a: String, b: String| {
+        Some(format!(
+            "{what} differs: {a} on prefill worker {}, {b} on decode worker {}",
+            prefill.id, decode.id
+        ))
+    };
+    let (p, d) = (prefill, decode);
+    if p.model != d.model {
+        return differs("the model", p.model.clone(), d.model.clone());
+    }
+    if p.weights_fingerprint != d.weights_fingerprint {
+        let hex = |m: &Member| format!("{:016x}", m.weights_fingerprint);
+        return differs("the weights fingerprint", hex(p), hex(d));
+    }
+    if p.layout_fingerprint != d.layout_fingerprint {
+        let hex = |m: &Member| format!("{:016x}", m.layout_fingerprint);
+        return differs("the KV layout fingerprint", hex(p), hex(d));
+    }
+    if p.version != d.version {
+        return differs("the version", p.version.clone(), d.version.clone());
+    }
+    None
+}
+
+fn serves(member: &Member, wanted: &Wanted) -> bool {
+    wanted.model.is_empty() || wanted.model == member.model
+}
+
+struct View<'a> {
+    wanted: &'a Wanted,
+    credits: Credits,
+    members: Vec<&'a Candidate<'a>>,
+}
+
+impl<'a> View<'a> {
+    fn role(&self, role: Role) -> impl Iterator<Item = &'a Candidate<'a>> {
+        self.members.iter().copied().filter(move |candidate| candidate.member.role() == role)
+    }
+
+    fn usable(&self, role: Role) -> impl Iterator<Item = &'a Candidate<'a>> {
+        self.role(role).filter(|candidate| !candidate.excluded)
+    }
+
+    /// A pair of dedicated members, unless one of role both is much less loaded or the only choice.
+    fn preferred(&self) -> Option<(&'a Candidate<'a>, &'a Candidate<'a>)> {
+        let pair = self.best_pair();
+        if self.wanted.pinned.is_some() {
+            return pair;
+        }
+        let Some(both) = self.best_both() else { return pair };
+        let Some((prefill, decode)) = pair else { return Some((both, both)) };
+        let failed = |m: &Candidate| self.avoided(m);
+        let clean = (failed(prefill) || failed(decode)) && !failed(both);
+        let roomier = self.pressure(both, both) + BOTH_MARGIN < self.pressure(prefill, decode);
+        Some(if clean || roomier && !failed(both) { (both, both) } else { (prefill, decode) })
+    }
+
+    fn best_pair(&self) -> Option<(&'a Candidate<'a>, &'a Candidate<'a>)> {
+        let mut decodes: Vec<_> = match &self.wanted.pinned {
+            Some(id) => self.members.iter().copied().filter(|m| m.member.id == *id).collect(),
+            None => self.usable(Role::Decode).filter(|m| self.has_room(m)).collect(),
+        };
+        decodes.sort_by_key(|m| (self.avoided(m), self.occupancy(m), m.turn));
+        decodes.into_iter().find_map(|decode| Some((self.best_prefill(decode)?, decode)))
+    }
+
+    fn best_prefill(&self, decode: &Candidate) -> Option<&'a Candidate<'a>> {
+        self.usable(Role::Prefill)
+            .filter(|m| {
+                mismatch(m.member, decode.member).is_none() && self.has_credit(m) && self.can_prefill(m)
+            })
+            .min_by_key(|m| (self.avoided(m), self.backlog(m), m.owed_requests, m.turn))
+    }
+
+    fn best_both(&self) -> Option<&'a Candidate<'a>> {
+        self.usable(Role::Both)
+            .filter(|m| self.has_room(m) && self.has_credit(m))
+            .min_by_key(|m| (self.avoided(m), self.backlog(m), self.occupancy(m), m.turn))
+    }
+
+    fn avoided(&self, candidate: &Candidate) -> bool {
+        self.wanted.avoid.contains(&candidate.member.id)
+    }
+
+    /// Prompt tokens to compute before this request's first token, its own included.
+    fn backlog(&self, candidate: &Candidate) -> u64 {
+        candidate.owed_tokens + u64::from(self.uncached(candidate))
+    }
+
+    /// At least one token is always computed, to sample the next from.
+    fn uncached(&self, candidate: &Candidate) -> u32 {
+        self.wanted.tokens - candidate.cached_tokens.min(self.wanted.tokens.saturating_sub(1))
+    }
+
+    fn has_credit(&self, candidate: &Candidate) -> bool {
+        let tokens = self.backlog(candidate);
+        let fits = candidate.owed_requests < self.credits.requests && tokens <= self.credits.tokens;
+        !candidate.full && (fits || candidate.owed_requests == 0)
+    }
+
+    fn has_room(&self, candidate: &Candidate) -> bool {
+        let sequences = candidate.member.max_sequences;
+        let slot = sequences == 0 || candidate.sequences_used < sequences;
+        !candidate.full
+            && slot
+            && self.can_decode(candidate)
+            && candidate.blocks_free >= self.needed(candidate)
+    }
+
+    /// Blocks for the tokens so far and the next one.
+    fn needed(&self, candidate: &Candidate) -> u32 {
+        blocks(self.wanted.tokens + 1, candidate.member)
+    }
+
+    fn can_prefill(&self, candidate: &Candidate) -> bool {
+        self.read() <= capacity(candidate.member)
+    }
+
+    /// What a prefill member must be able to hold: the tokens so far, the first token, and one more unless the
+    /// first is the last, lest the member take the end of its own room for the end of the answer.
+    fn read(&self) -> u32 {
+        self.wanted.total.min(self.wanted.tokens.saturating_add(2))
+    }
+
+    fn can_decode(&self, candidate: &Candidate) -> bool {
+        self.wanted.total <= capacity(candidate.member)
+    }
+
+    /// Share of sequences or blocks in use once this request is there, in thousandths.
+    fn occupancy(&self, candidate: &Candidate) -> u64 {
+        let member = candidate.member;
+        let total = u64::from(blocks_total(member).max(1));
+        let cached = candidate.cached_tokens / member.block_tokens.max(1);
+        let needed = u64::from(self.needed(candidate).saturating_sub(cached));
+        let by_blocks = (total.saturating_sub(candidate.blocks_free.into()) + needed) * 1000 / total;
+        let by_sequences =
+            u64::from(candidate.sequences_used) * 1000 / u64::from(member.max_sequences.max(1));
+        by_blocks.max(by_sequences)
+    }
+
+    fn pressure(&self, prefill: &Candidate, decode: &Candidate) -> u64 {
+        let credit = prefill.owed_tokens * 1000 / self.credits.tokens.max(1);
+        credit.max(self.occupancy(decode))
+    }
+
+    /// The most that any member could hold, if that is less than the request may need.
+    fn exceeded_limit(&self) -> Option<u32> {
+        let decoders = || self.role(Role::Decode).chain(self.role(Role::Both));
+        let limit = decoders().map(|m| capacity(m.member)).max()?;
+        let prefills = || self.role(Role::Prefill).chain(self.role(Role::Both));
+        let readable = prefills().map(|m| capacity(m.member)).max()?;
+        let exceeded = self.wanted.total > limit || self.read() > readable;
+        exceeded.then(|| limit.min(readable))
+    }
+
+    fn why_not(&self) -> Decision {
+        let any = |role| self.usable(role).next().is_some();
+        let lack = |room| Decision::Wait(if room { Lack::PrefillCredit } else { Lack::DecodeRoom });
+        if self.wanted.pinned.is_none() && any(Role::Both) {
+            return lack(self.usable(Role::Both).any(|both| self.has_room(both)));
+        }
+        let decodes = || self.usable(Role::Decode).chain(self.pinned());
+        let compatible =
+            |d: &Candidate| self.usable(Role::Prefill).any(|p| mismatch(p.member, d.member).is_none());
+        if decodes().any(compatible) {
+            return lack(self.wanted.pinned.is_some() || decodes().any(|d| self.has_room(d)));
+        }
+        if let Some(reason) = self.mismatch() {
+            return Decision::Mismatch(reason);
+        }
+        Decision::NoMembers(if any(Role::Prefill) { Role::Decode } else { Role::Prefill })
+    }
+
+    fn pinned(&self) -> impl Iterator<Item = &'a Candidate<'a>> {
+        let id = self.wanted.pinned.as_deref();
+        self.members.iter().copied().filter(move |m| Some(m.member.id.as_str()) == id)
+    }
+
+    /// The reason if there are prefill and decode members, but no two that match, excluded ones counted:
+    /// a suspected member may be back in a moment, a mismatch stays.
+    fn mismatch(&self) -> Option<String> {
+        let mut reason = None;
+        for prefill in self.role(Role::Prefill) {
+            for decode in self.role(Role::Decode) {
+                reason = Some(mismatch(prefill.member, decode.member)?);
+            }
+        }
+        reason.filter(|_| self.role(Role::Both).next().is_none())
+    }
+}
+
+fn blocks(tokens: u32, member: &Member) -> u32 {
+    tokens.div_ceil(member.block_tokens.max(1))
+}
+
+fn blocks_total(member: &Member) -> u32 {
+    member.load.as_ref().map_or(0, |load| load.blocks_total)
+}
+
+/// Tokens of one sequence that a member could hold if it had nothing else. A pool that has not been
+/// reported yet does not limit: such a member is excluded until it has.
+fn capacity(member: &Member) -> u32 {
+    match blocks_total(member) {
+        0 => member.max_context,
+        total => member.max_context.min(total.saturating_mul(member.block_tokens)),
+    }
+}
+
+#[cfg(test)]
+#[path = "policy_tests.rs"]
+mod tests;

@@ -1,0 +1,197 @@
+//! The waiting requests, as a pure bounded queue. Order: priority class, raised by one level for each
+//! `ageing` that the oldest of the class has waited, so that no class starves; inside a class the tenant
+//! that has had least, counted in uncached prompt tokens; inside a tenant by arrival. Knows no clock, no
+//! members, no sockets.
+//!
+//! A class ages as a whole and not request by request: otherwise the old requests of a tenant that floods
+//! the queue would overtake the fresh ones of its neighbours, and the fair shares would be gone. Shares are
+//! start-time fair queueing: a tenant's account grows by what it takes, and one that comes back starts no
+//! lower than the virtual time, which grows by service divided by the tenants that compete for it.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    time::Duration,
+};
+use tokio::time::Instant;
+
+pub type Id = u64;
+
+/// Departures over which the rate is measured.
+const RATE_WINDOW: usize = 32;
+
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    pub limit: usize,
+    pub ageing: Duration,
+}
+
+/// Where a request stands in the order.
+#[derive(Clone, Debug)]
+pub struct Place {
+    pub tenant: String,
+    /// Lower first.
+    pub priority: i32,
+    pub arrival: Instant,
+    /// Was placed before: goes first in its class, for nothing, and is never refused for want of room.
+    pub resumed: bool,
+}
+
+/// The queue has no room.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Full {
+    pub limit: usize,
+    /// At the rate of the last departures; unknown before there were any.
+    pub predicted_wait: Option<Duration>,
+}
+
+struct Entry<T> {
+    place: Place,
+    /// What its offer has cost the tenant; `None` while it waits.
+    offered: Option<u64>,
+    item: T,
+}
+
+pub struct Queue<T> {
+    bounds: Bounds,
+    entries: HashMap<Id, Entry<T>>,
+    next: Id,
+    /// Tokens taken by each tenant; entries below `virtual_time` may be forgotten.
+    accounts: HashMap<String, u64>,
+    virtual_time: u64,
+    departures: VecDeque<Instant>,
+}
+
+impl<T> Queue<T> {
+    pub fn new(bounds: Bounds) -> Self {
+        Queue {
+            bounds,
+            entries: HashMap::new(),
+            next: 0,
+            accounts: HashMap::new(),
+            virtual_time: 0,
+            departures: VecDeque::new(),
+        }
+    }
+
+    pub fn push(&mut self, place: Place, item: T) -> Result<Id, Full> {
+        if self.entries.len() >= self.bounds.limit && !place.resumed {
+            return Err(Full { limit: self.bounds.limit, predicted_wait: self.predicted_wait() });
+        }
+        let account = self.accounts.entry(place.tenant.clone()).or_default();
+        *account = (*account).max(self.virtual_time);
+        self.next += 1;
+        self.entries.insert(self.next, Entry { place, offered: None, item });
+        Ok(self.next)
+    }
+
+    /// The first of the waiting requests that `eligible` accepts.
+    pub fn first(&self, now: Instant, eligible: impl Fn(Id, &T) -> bool) -> Option<(Id, &T)> {
+        let levels = self.levels(now);
+        let may = |id: Id, entry: &Entry<T>| entry.offered.is_none() && eligible(id, &entry.item);
+        let waiting = self.entries.iter().filter(|(id, entry)| may(**id, entry));
+        let (id, entry) = waiting.min_by_key(|(id, entry)| {
+            let place = &entry.place;
+            let account = self.accounts.get(&place.tenant).copied().unwrap_or(0);
+            (levels[&place.priority], place.priority, !place.resumed, account, place.arrival, **id)
+        })?;
+        Some((*id, &entry.item))
+    }
+
+    /// Takes a request out of the order while a placement is tried, and charges its tenant `cost` uncached
+    /// prompt tokens. It keeps its place until [`Queue::admit`] or [`Queue::put_back`].
+    pub fn offer(&mut self, id: Id, cost: u64) -> Option<&mut T> {
+        let competing = self.tenants().max(1);
+        let entry = self.entries.get_mut(&id)?;
+        let cost = if entry.place.resumed { 0 } else { cost.max(1) };
+        entry.offered = Some(cost);
+        *self.accounts.entry(entry.place.tenant.clone()).or_default() += cost;
+        self.virtual_time += cost / competing as u64;
+        Some(&mut entry.item)
+    }
+
+    /// The placement was refused: back to where it was, the charge returned.
+    pub fn put_back(&mut self, id: Id, item: T) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        entry.item = item;
+        let cost = entry.offered.take().unwrap_or(0);
+        if let Some(account) = self.accounts.get_mut(&entry.place.tenant) {
+            *account = account.saturating_sub(cost);
+        }
+    }
+
+    /// The request is placed and leaves.
+    pub fn admit(&mut self, id: Id, now: Instant) {
+        if self.remove(id).is_none() {
+            return;
+        }
+        self.departures.push_back(now);
+        if self.departures.len() > RATE_WINDOW {
+            self.departures.pop_front();
+        }
+    }
+
+    /// The request has ended unplaced, and leaves.
+    pub fn remove(&mut self, id: Id) -> Option<T> {
+        let entry = self.entries.remove(&id)?;
+        self.forget_accounts();
+        Some(entry.item)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Requests waiting by priority class.
+    pub fn depths(&self) -> BTreeMap<i32, u32> {
+        let mut depths = BTreeMap::new();
+        for entry in self.entries.values() {
+            *depths.entry(entry.place.priority).or_default() += 1;
+        }
+        depths
+    }
+
+    /// How long the last in the queue will wait, if departures go on as they were.
+    pub fn predicted_wait(&self) -> Option<Duration> {
+        let (first, last) = (self.departures.front()?, self.departures.back()?);
+        let gaps = u32::try_from(self.departures.len() - 1).ok().filter(|gaps| *gaps > 0)?;
+        let waiting = u32::try_from(self.entries.len()).unwrap_or(u32::MAX);
+        Some((last.duration_since(*first) / gaps).saturating_mul(waiting))
+    }
+
+    /// Level of each class: its priority, less one for each `ageing` that its oldest has waited.
+    fn levels(&self, now: Instant) -> HashMap<i32, i64> {
+        let mut oldest: HashMap<i32, Instant> = HashMap::new();
+        for entry in self.entries.values().filter(|entry| entry.offered.is_none()) {
+            let arrival = oldest.entry(entry.place.priority).or_insert(entry.place.arrival);
+            *arrival = entry.place.arrival.min(*arrival);
+        }
+        let ageing = self.bounds.ageing.as_nanos().max(1);
+        let level = |(priority, arrival): (i32, Instant)| {
+            let raised = now.saturating_duration_since(arrival).as_nanos() / ageing;
+            (priority, i64::from(priority) - i64::try_from(raised).unwrap_or(i64::MAX / 2))
+        };
+        oldest.into_iter().map(level).collect()
+    }
+
+    fn tenants(&self) -> usize {
+        let waiting = self.entries.values().filter(|entry| entry.offered.is_none());
+        waiting.map(|entry| entry.place.tenant.as_str()).collect::<HashSet<_>>().len()
+    }
+
+    /// Keeps the accounts bounded: those that a returning tenant would be lifted above anyway go first.
+    fn forget_accounts(&mut self) {
+        if self.accounts.len() <= 4 * self.bounds.limit {
+            return;
+        }
+        let present: HashSet<&str> = self.entries.values().map(|entry| entry.place.tenant.as_str()).collect();
+        let floor = self.virtual_time;
+        self.accounts.retain(|tenant, account| present.contains(tenant.as_str()) || *account > floor);
+        if self.accounts.len() > 4 * self.bounds.limit {
+            self.accounts.retain(|tenant, _| present.contains(tenant.as_str()));
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "queue_tests.rs"]
+mod tests;

@@ -1,0 +1,178 @@
+//! Order, bounds, fairness and ageing of the queue.
+
+use super::*;
+use proptest::prelude::*;
+
+const AGEING: Duration = Duration::from_secs(10);
+
+fn queue(limit: usize) -> Queue<u32> {
+    Queue::new(Bounds { limit, ageing: AGEING })
+}
+
+fn place(tenant: &str, priority: i32, arrival: Instant) -> Place {
+    Place { tenant: tenant.into(), priority, arrival, resumed: false }
+}
+
+/// Takes the first request out at a cost of 100 tokens.
+fn serve(queue: &mut Queue<u32>, now: Instant) -> Option<u32> {
+    let (id, item) = queue.first(now, |_, _| true)?;
+    let item = *item;
+    queue.offer(id, 100);
+    queue.admit(id, now);
+    Some(item)
+}
+
+#[test]
+fn lower_priority_goes_first_then_arrival() {
+    let (mut queue, now) = (queue(8), Instant::now());
+    for (item, priority) in [(0, 1), (1, 0), (2, 0), (3, -1)] {
+        queue.push(place("a", priority, now + Duration::from_millis(item)), item as u32).unwrap();
+    }
+    let order: Vec<_> = std::iter::from_fn(|| serve(&mut queue, now)).collect();
+    assert_eq!(order, [3, 1, 2, 0]);
+}
+
+#[test]
+fn a_full_queue_says_how_long_it_would_take() {
+    let (mut queue, now) = (queue(2), Instant::now());
+    for second in 0..3 {
+        queue.push(place("a", 0, now), 0).unwrap();
+        serve(&mut queue, now + Duration::from_secs(second));
+    }
+    queue.push(place("a", 0, now), 0).unwrap();
+    queue.push(place("a", 0, now), 1).unwrap();
+    let full = queue.push(place("a", 0, now), 2).unwrap_err();
+    assert_eq!(full, Full { limit: 2, predicted_wait: Some(Duration::from_secs(2)) });
+    let resumed = Place { resumed: true, ..place("a", 0, now + AGEING / 2) };
+    queue.push(resumed, 3).expect("what was placed before is never refused");
+    assert_eq!(serve(&mut queue, now + AGEING / 2), Some(3), "and goes first in its class");
+}
+
+#[test]
+fn a_refused_placement_keeps_its_place_and_its_tenant_pays_nothing() {
+    let (mut queue, now) = (queue(8), Instant::now());
+    let first = queue.push(place("a", 0, now), 0).unwrap();
+    queue.push(place("a", 0, now + Duration::from_millis(1)), 1).unwrap();
+    queue.push(place("b", 0, now + Duration::from_millis(2)), 2).unwrap();
+    queue.offer(first, 1_000_000);
+    assert_eq!(
+        queue.first(now, |_, _| true).map(|(_, item)| *item),
+        Some(2),
+        "offered ones are out of the order"
+    );
+    queue.put_back(first, 0);
+    assert_eq!(serve(&mut queue, now), Some(0));
+}
+
+#[test]
+fn a_flood_of_one_tenant_does_not_hold_up_another() {
+    let (mut queue, start) = (queue(200), Instant::now());
+    for item in 0..100 {
+        queue.push(place("flood", 0, start), item).unwrap();
+    }
+    let later = start + 5 * AGEING;
+    queue.push(place("quiet", 0, later), 1000).unwrap();
+    serve(&mut queue, later);
+    let second = serve(&mut queue, later);
+    let third = serve(&mut queue, later);
+    assert!([second, third].contains(&Some(1000)), "{second:?} {third:?}");
+}
+
+#[test]
+fn equal_tenants_get_equal_tokens() {
+    let (mut queue, now) = (queue(400), Instant::now());
+    for item in 0..100 {
+        queue.push(place("long", 0, now), item).unwrap();
+        queue.push(place("short", 0, now), 1000 + item).unwrap();
+    }
+    let (mut long, mut short) = (0u64, 0u64);
+    for _ in 0..110 {
+        let (id, item) = queue.first(now, |_, _| true).unwrap();
+        let (taken, cost) = if *item < 1000 { (&mut long, 1000) } else { (&mut short, 100) };
+        *taken += cost;
+        queue.offer(id, cost);
+        queue.admit(id, now);
+    }
+    assert!(long.abs_diff(short) <= 1000, "{long} {short}");
+}
+
+/// Serves `rounds` times while a tenant never seen before joins each time; whether `old` was served.
+fn outlasts_newcomers(queue: &mut Queue<u32>, rounds: u32, now: Instant) -> bool {
+    (0..rounds).any(|round| {
+        queue.push(place(&format!("new{round}"), 0, now + Duration::from_secs(1)), round).unwrap();
+        serve(queue, now + Duration::from_secs(2)) == Some(u32::MAX)
+    })
+}
+
+#[test]
+fn what_a_tenant_had_is_forgiven_in_time_and_idleness_earns_nothing() {
+    let (mut queue, now) = (queue(64), Instant::now());
+    for _ in 0..5 {
+        queue.push(place("idle", 0, now), 0).unwrap();
+        queue.push(place("old", 0, now), 1).unwrap();
+        serve(&mut queue, now);
+        serve(&mut queue, now);
+    }
+    queue.push(place("idle", 0, now), 0).unwrap();
+    queue.push(place("old", 0, now), u32::MAX).unwrap();
+    assert!(outlasts_newcomers(&mut queue, 20, now), "newcomers go first for ever");
+    let fresh = place("late", 0, now + AGEING / 2);
+    queue.push(fresh, 7).unwrap();
+    assert!(queue.accounts["late"] > 0, "a newcomer does not catch up on the past");
+}
+
+#[test]
+fn accounts_of_tenants_that_left_are_forgotten() {
+    let (mut queue, now) = (queue(4), Instant::now());
+    for tenant in 0..1000 {
+        queue.push(place(&tenant.to_string(), 0, now), 0).unwrap();
+        serve(&mut queue, now);
+    }
+    assert!(queue.accounts.len() <= 17, "{}", queue.accounts.len());
+}
+
+proptest! {
+    /// A steady stream of more urgent requests, from tenants never seen before, at exactly the rate of
+    /// service: a request of the least class is still served once it has aged past them.
+    #[test]
+    fn nothing_starves(priority in 1..6i32, gap_ms in 50u64..2000, tenants in 1..50u64) {
+        let (mut queue, start) = (queue(64), Instant::now());
+        queue.push(place("patient", priority, start), u32::MAX).unwrap();
+        let bound = AGEING * (priority as u32 + 2);
+        let mut now = start;
+        for round in 0.. {
+            now += Duration::from_millis(gap_ms);
+            queue.push(place(&(round % tenants).to_string(), 0, now), 0).unwrap();
+            if serve(&mut queue, now) == Some(u32::MAX) {
+                break;
+            }
+            prop_assert!(now - start < bound, "waits {:?} with {} in the queue", now - start, queue.entries.len());
+        }
+    }
+
+    /// Whatever happens, the bound holds, and every request leaves exactly once.
+    #[test]
+    fn bounded_and_complete(steps in prop::collection::vec((0..4u8, 0..5i32, 0..4u8), 1..200)) {
+        let (mut queue, now) = (queue(10), Instant::now());
+        let (mut entered, mut left, mut offered) = (0u32, 0u32, Vec::new());
+        for (what, priority, tenant) in steps {
+            match what {
+                0 | 1 => match queue.push(place(&tenant.to_string(), priority, now), entered) {
+                    Ok(_) => entered += 1,
+                    Err(full) => prop_assert_eq!((queue.entries.len(), full.limit), (10, 10)),
+                },
+                2 => if let Some((id, _)) = queue.first(now, |_, _| true) {
+                    prop_assert!(!offered.contains(&id), "offered twice");
+                    queue.offer(id, 10);
+                    offered.push(id);
+                },
+                _ => if let Some(id) = offered.pop() {
+                    if priority == 0 { queue.put_back(id, 0) } else { queue.admit(id, now); left += 1 }
+                },
+            }
+            prop_assert!(queue.entries.len() <= 10);
+            prop_assert_eq!(queue.entries.len() as u32, entered - left);
+            prop_assert_eq!(queue.depths().values().sum::<u32>() as usize, queue.entries.len());
+        }
+    }
+}

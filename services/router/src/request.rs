@@ -1,0 +1,259 @@
+//! A request's life: waiting in the queue, reserving on a decode worker, then placed, and placed again
+//! elsewhere when a worker is lost or out of blocks. Dropping it at any moment cancels everything it has
+//! begun: its ticket, its credits and its calls are all guards.
+
+use crate::{
+    Shared,
+    admission::{Ask, Offer, Ticket},
+    call::{DecodeStream, Failure, Peer},
+    cluster::Prompt,
+    config,
+    path::Path,
+    placed::{Ending, Placed},
+    policy::Wanted,
+    queue::Place,
+};
+use proto::{
+    DecodeEvent, DecodeStart, Error, ErrorCode, Finished, GenerateEvent, GenerateRequest, Member,
+    PromptLogprob, Sequence, Started, Token, generate_event::Event,
+};
+use std::{sync::Arc, time::Duration};
+use telemetry::trace::TraceContext;
+use tokio::{
+    sync::{OwnedSemaphorePermit, mpsc},
+    time::{Instant, timeout, timeout_at},
+};
+
+pub struct Life {
+    pub shared: Arc<Shared>,
+    pub path: Path,
+    client: mpsc::Sender<GenerateEvent>,
+    trace: TraceContext,
+    model: String,
+    place: Place,
+    timeout: Duration,
+    permit: Option<OwnedSemaphorePermit>,
+    /// Placements that failed.
+    failures: u32,
+    /// Members they failed on.
+    avoid: Vec<String>,
+    started: bool,
+}
+
+/// A place that is ours: the decode worker has said so.
+pub struct Reserved {
+    pub offer: Offer,
+    pub decode: DecodeStream,
+    /// What it said: `Reserved`, or `LocalPrefill` on a member of role both.
+    pub first: DecodeEvent,
+}
+
+/// Why an offer came to nothing.
+enum Refusal {
+    /// No capacity after all: try elsewhere or later.
+    Full,
+    Failed(Failure),
+    /// The client's deadline has passed.
+    Late,
+}
+
+impl Life {
+    pub fn new(
+        shared: Arc<Shared>,
+        request: GenerateRequest,
+        sequence: Sequence,
+        client: mpsc::Sender<GenerateEvent>,
+        trace: TraceContext,
+    ) -> Self {
+        let timeout = match request.queue_timeout_ms {
+            0 => shared.config.queue.timeout_ms,
+            asked => asked.into(),
+        };
+        let (tenant, priority) = (request.tenant, sequence.priority);
+        Life {
+            place: Place { tenant, priority, arrival: Instant::now(), resumed: false },
+            path: Path::new(sequence),
+            model: request.model,
+            timeout: config::ms(timeout),
+            permit: None,
+            failures: 0,
+            avoid: Vec::new(),
+            started: false,
+            shared,
+            client,
+            trace,
+        }
+    }
+
+    /// Lives to the last event, which says how it ended.
+    pub async fn live(mut self) {
+        let last = match self.answer().await {
+            Ok(finished) => Event::Finished(finished),
+            Err(error) => {
+                tracing::info!(code = error.code().as_str_name(), "{error}");
+                Event::Error(error)
+            }
+        };
+        let _ = self.send(last).await;
+    }
+
+    async fn answer(&mut self) -> Result<Finished, Error> {
+        loop {
+            let reserved = self.reserve().await?;
+            match Placed::new(self, reserved).run().await {
+                Ending::Finished(finished) => return Ok(finished),
+                Ending::Failed(error) => return Err(error),
+                Ending::Elsewhere(cause) => self.migrate(cause),
+            }
+            if let Some(finished) = self.path.ended() {
+                return Ok(finished);
+            }
+            self.place.resumed = true;
+        }
+    }
+
+    /// Waits until a decode worker has reserved; the prefill credit is in hand by then.
+    async fn reserve(&mut self) -> Result<Reserved, Error> {
+        let mut ticket = self.queue(None).inspect_err(|_| self.shared.metrics.placement("rejected"))?;
+        loop {
+            let mut offer =
+                ticket.offer().await.inspect_err(|_| self.shared.metrics.placement("rejected"))?;
+            let member = offer.grant.decode.member.clone();
+            match self.open(&mut offer, ticket.deadline).await {
+                Ok((decode, first)) => {
+                    self.shared.metrics.placed(ticket.admit());
+                    self.permit = self.permit.take().or(offer.permit.take());
+                    return Ok(Reserved { offer, decode, first });
+                }
+                Err(Refusal::Full) => {
+                    self.shared.metrics.placement("refused");
+                    self.shared.cluster.refused(&member.id);
+                }
+                Err(Refusal::Failed(failure)) => self.blame(&member, &failure)?,
+                Err(Refusal::Late) => return Err(ticket.expired()),
+            }
+            ticket.put_back(offer, &self.avoid);
+        }
+    }
+
+    /// Joins the queue; `pinned`: for a prefill member that suits this decode member.
+    pub fn queue(&self, pinned: Option<&str>) -> Result<Ticket, Error> {
+        let wanted = Wanted {
+            model: self.model.clone(),
+            tokens: self.path.len(),
+            total: self.path.total(),
+            pinned: pinned.map(str::to_owned),
+            avoid: self.avoid.clone(),
+        };
+        let place = Place { resumed: self.place.resumed || pinned.is_some(), ..self.place.clone() };
+        let runs = self.permit.is_some();
+        let prompt = Arc::new(Prompt::new(&self.path.sequence().tokens));
+        self.shared.admission.join(Ask { wanted, prompt, place, timeout: self.timeout, runs })
+    }
+
+    async fn open(
+        &self,
+        offer: &mut Offer,
+        deadline: Instant,
+    ) -> Result<(DecodeStream, DecodeEvent), Refusal> {
+        let grant = &mut offer.grant;
+        let here = grant.prefill.member.id == grant.decode.member.id;
+        let sequence = Some(self.path.sequence().clone());
+        let peer = self.peer(&grant.decode.member).map_err(Refusal::Failed)?;
+        let mut decode = DecodeStream::open(peer, DecodeStart { sequence, prefill_here: here, forced: None });
+        let first = timeout_at(deadline, decode.events.next()).await.map_err(|_| Refusal::Late)?;
+        let first = first.map_err(|failure| match failure.error.code() {
+            ErrorCode::NoCapacity | ErrorCode::Draining => Refusal::Full,
+            _ => Refusal::Failed(failure),
+        })?;
+        grant.decode.confirm();
+        self.shared.cluster.trust(&grant.decode.member.id);
+        Ok((decode, first))
+    }
+
+    pub fn peer(&self, member: &Arc<Member>) -> Result<Peer, Failure> {
+        let channel = self.shared.channels.get(&member.address).map_err(|error| Failure {
+            error: Error::new(
+                ErrorCode::WorkerLost,
+                format!(
+                    "worker {} has announced `{}`, which is no address: {error}",
+                    member.id, member.address
+                ),
+            ),
+            lost: true,
+        })?;
+        let silence = config::ms(self.shared.config.liveness.silence_ms);
+        Ok(Peer { member: member.clone(), channel, trace: self.trace, silence })
+    }
+
+    /// Counts a failed placement. An error ends the request: it cannot succeed elsewhere, or was tried often enough.
+    pub fn blame(&mut self, member: &Member, failure: &Failure) -> Result<(), Error> {
+        tracing::warn!(member = member.id, lost = failure.lost, "placement failed: {}", failure.error);
+        self.shared.metrics.placement("failed");
+        if failure.lost {
+            self.shared.cluster.suspect(&member.id);
+        }
+        self.failures += 1;
+        let Error { code, message } = failure.error.clone();
+        if !failure.error.code().is_retryable() {
+            return Err(failure.error.clone());
+        }
+        if self.failures >= self.shared.config.attempts {
+            let message = format!("gave up after {} failed placements; the last: {message}", self.failures);
+            return Err(Error { code, message });
+        }
+        self.avoid.push(member.id.clone());
+        Ok(())
+    }
+
+    /// Counts a sequence that moves after its client has seen tokens.
+    pub fn migrate(&self, cause: &'static str) {
+        if self.path.begun() {
+            tracing::info!(cause, tokens = self.path.len(), "the sequence moves");
+            self.shared.metrics.migration(cause);
+        }
+    }
+
+    /// Tells the client once that computing has begun.
+    pub async fn started(&mut self, cached_tokens: u32, prefill: &str, decode: &str) -> Result<(), Error> {
+        if std::mem::replace(&mut self.started, true) {
+            return Ok(());
+        }
+        let (prefill_member, decode_member) = (prefill.to_owned(), decode.to_owned());
+        let attempt = self.failures + 1;
+        self.send(Event::Started(Started { cached_tokens, prefill_member, decode_member, attempt })).await
+    }
+
+    pub async fn prompt_logprob(&mut self, logprob: PromptLogprob) -> Result<(), Error> {
+        if !self.path.prompt_logprob(logprob.position) {
+            return Ok(());
+        }
+        self.send(Event::PromptLogprob(logprob)).await
+    }
+
+    pub async fn token(&mut self, token: Token) -> Result<(), Error> {
+        if let Err(violation) = self.path.token(&token) {
+            self.shared.metrics.violation();
+            return Err(Error::new(ErrorCode::Internal, violation.to_string()));
+        }
+        self.send(Event::Token(token)).await
+    }
+
+    /// Waits for the client, but not for ever: it holds blocks on a worker meanwhile.
+    async fn send(&self, event: Event) -> Result<(), Error> {
+        let patience = config::ms(self.shared.config.liveness.stalled_client_ms);
+        let sent = timeout(patience, self.client.send(GenerateEvent { event: Some(event) })).await;
+        match sent {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(Error::new(ErrorCode::Cancelled, "the client has left")),
+            Err(_) => Err(Error::new(
+                ErrorCode::Cancelled,
+                format!("the client took no event for {:.0} s", patience.as_secs_f32()),
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "request_tests.rs"]
+mod tests;

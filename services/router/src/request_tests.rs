@@ -1,0 +1,327 @@
+//! A request against scripted workers: every token exactly once, every call ended, every credit returned.
+
+use crate::fakes::{Bench, DecodeScript as D, PrefillScript as P, collect, config, request};
+use futures::StreamExt;
+use proto::{ErrorCode, Role, generate_event::Event};
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
+
+const PAIR: [(&str, Role); 2] = [("p1", Role::Prefill), ("d1", Role::Decode)];
+const TWO_PAIRS: [(&str, Role); 4] =
+    [("p1", Role::Prefill), ("p2", Role::Prefill), ("d1", Role::Decode), ("d2", Role::Decode)];
+const PROMPT: u32 = 10;
+const OUTPUT: u32 = 8;
+
+/// Runs one request over the script; its answer must be whole and everything given back.
+async fn whole(workers: &[(&str, Role)], decode: &[D], prefill: &[P]) -> Bench {
+    let bench = Bench::start(config(), workers).await;
+    bench.script(decode, prefill);
+    bench.answer(PROMPT, OUTPUT).await.is_whole(PROMPT, OUTPUT);
+    bench.quiet().await;
+    bench
+}
+
+/// Ids of the workers that were asked to decode, and how many tokens they were given.
+fn decodes(bench: &Bench) -> Vec<(String, usize)> {
+    let asked = bench.world.decodes.lock().unwrap();
+    asked.iter().map(|(id, sequence, _)| (id.clone(), sequence.tokens.len())).collect()
+}
+
+fn prefills(bench: &Bench) -> Vec<(String, u32, Vec<u32>, Option<u32>)> {
+    let asked = bench.world.prefills.lock().unwrap();
+    let view = |(id, request): &(String, proto::PrefillRequest)| {
+        let forced = request.forced.as_ref().map(|token| token.id);
+        (id.clone(), request.epoch, request.blocks_accepted.clone(), forced)
+    };
+    asked.iter().map(view).collect()
+}
+
+#[tokio::test]
+async fn prefilled_here_and_decoded_there() {
+    let bench = Bench::start(config(), &PAIR).await;
+    let answer = bench.answer(PROMPT, OUTPUT).await;
+    answer.is_whole(PROMPT, OUTPUT);
+    let started = &answer.started[0];
+    assert_eq!((started.cached_tokens, started.attempt), (4, 1));
+    assert_eq!((started.prefill_member.as_str(), started.decode_member.as_str()), ("p1", "d1"));
+    let asked = bench.world.prefills.lock().unwrap()[0].1.clone();
+    assert_eq!(asked.decode_address, bench.members[1].address);
+    assert_eq!((asked.epoch, asked.blocks_present), (1, 1));
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn one_token_is_an_answer_too() {
+    let bench = Bench::start(config(), &PAIR).await;
+    bench.answer(PROMPT, 1).await.is_whole(PROMPT, 1);
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn role_both_does_everything_alone() {
+    let bench = whole(&[("b", Role::Both)], &[D::Die(3)], &[]).await;
+    let asked = bench.world.decodes.lock().unwrap();
+    assert!(asked.iter().all(|(_, _, here)| *here));
+    assert_eq!(asked.iter().map(|(_, sequence, _)| sequence.tokens.len()).collect::<Vec<_>>(), [10, 13]);
+    assert!(bench.world.prefills.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_refused_reservation_is_tried_elsewhere_and_again() {
+    let full = D::Refuse(ErrorCode::NoCapacity);
+    let bench = whole(&TWO_PAIRS, &[full], &[]).await;
+    assert_eq!(decodes(&bench), [("d1".into(), 10), ("d2".into(), 10)]);
+    let mut patient = config();
+    patient.attempts = 1;
+    let bench = Bench::start(patient, &PAIR).await;
+    bench.script(&[full, full, full], &[]);
+    bench.answer(PROMPT, OUTPUT).await.is_whole(PROMPT, OUTPUT);
+    assert_eq!(decodes(&bench).len(), 4, "refusals are not failed attempts");
+}
+
+#[tokio::test]
+async fn a_prefill_lost_before_the_first_token_is_replaced_on_the_same_reservation() {
+    for script in [P::DieBeforeFirst, P::Silent, P::Fail(ErrorCode::Internal)] {
+        let bench = whole(&TWO_PAIRS, &[], &[script]).await;
+        let expected = [("p1".into(), 1, vec![], None), ("p2".into(), 2, vec![1], None)];
+        assert_eq!(prefills(&bench), expected, "{script:?}");
+        assert_eq!(decodes(&bench).len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_first_token_that_the_client_has_is_forced_never_repeated() {
+    let bench = whole(&TWO_PAIRS, &[], &[P::DieAfterFirst]).await;
+    let expected = [("p1".into(), 1, vec![], None), ("p2".into(), 2, vec![1], Some(1000 + PROMPT))];
+    assert_eq!(prefills(&bench), expected);
+    let asked = bench.world.prefills.lock().unwrap();
+    let again = asked[1].1.clone();
+    assert_eq!(again.sequence.unwrap().tokens.len(), PROMPT as usize);
+    assert_eq!(again.forced.unwrap().position, PROMPT);
+}
+
+#[tokio::test]
+async fn a_prefill_that_dies_when_decode_has_everything_costs_nothing() {
+    for script in [P::DieUnheard, P::DieDelivered] {
+        let bench = whole(&TWO_PAIRS, &[], &[script]).await;
+        assert_eq!((prefills(&bench).len(), decodes(&bench).len()), (1, 1), "{script:?}");
+    }
+}
+
+#[tokio::test]
+async fn prompt_logprobs_come_once_and_before_the_first_token() {
+    for script in [P::Well, P::Late, P::DieUnheard, P::DieAfterFirst] {
+        let bench = Bench::start(config(), &TWO_PAIRS).await;
+        bench.script(&[], &[script]);
+        let mut scored = request(PROMPT, OUTPUT);
+        scored.sequence.as_mut().unwrap().sampling.as_mut().unwrap().prompt_logprobs = Some(1);
+        let answer = collect(bench.ask(scored).await.unwrap()).await;
+        answer.is_whole(PROMPT, OUTPUT);
+        assert_eq!(answer.prompt_logprobs, (1..PROMPT).collect::<Vec<_>>(), "{script:?}");
+        bench.quiet().await;
+    }
+}
+
+#[tokio::test]
+async fn a_decode_that_does_not_answer_an_advance_is_given_up() {
+    let bench = whole(&TWO_PAIRS, &[D::Deaf], &[P::DieBeforeFirst]).await;
+    assert_eq!(decodes(&bench), [("d1".into(), 10), ("d2".into(), 10)]);
+}
+
+#[tokio::test]
+async fn two_first_tokens_for_one_answer_end_it() {
+    let bench = Bench::start(config(), &PAIR).await;
+    bench.script(&[], &[P::Contradict]);
+    assert_eq!(bench.answer(PROMPT, OUTPUT).await.code(), ErrorCode::Internal);
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn an_answer_goes_on_elsewhere_after_decode_is_lost() {
+    for script in [D::Die(3), D::Silent(3), D::Stuck(3), D::Fail(3, ErrorCode::Internal)] {
+        let bench = whole(&TWO_PAIRS, &[script], &[]).await;
+        assert_eq!(decodes(&bench), [("d1".into(), 10), ("d2".into(), 14)], "{script:?}");
+        let asked = bench.world.decodes.lock().unwrap();
+        assert_eq!(asked[1].1.prompt_len, PROMPT);
+        assert_eq!(asked[1].1.tokens[10..], [1010, 1011, 1012, 1013]);
+    }
+}
+
+#[tokio::test]
+async fn a_decode_lost_after_the_last_token_costs_nothing() {
+    let bench = whole(&PAIR, &[D::Die(OUTPUT - 1)], &[]).await;
+    assert_eq!(decodes(&bench).len(), 1);
+    let bench = whole(&PAIR, &[D::Die(0), D::Die(0), D::Die(0)], &[]).await;
+    assert_eq!(decodes(&bench).len(), 4);
+}
+
+#[tokio::test]
+async fn preemption_moves_the_sequence_and_counts_as_no_failure() {
+    let mut strict = config();
+    strict.attempts = 1;
+    let bench = Bench::start(strict, &PAIR).await;
+    bench.script(&[D::Preempt(1), D::Preempt(1), D::Preempt(0)], &[]);
+    bench.answer(PROMPT, OUTPUT).await.is_whole(PROMPT, OUTPUT);
+    assert_eq!(decodes(&bench).iter().map(|(_, tokens)| *tokens).collect::<Vec<_>>(), [10, 12, 14, 15]);
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn attempts_are_bounded_and_the_last_error_is_told() {
+    let mut twice = config();
+    twice.attempts = 2;
+    let bench = Bench::start(twice, &TWO_PAIRS).await;
+    bench.script(&[D::Die(0), D::Die(0)], &[]);
+    let answer = bench.answer(PROMPT, OUTPUT).await;
+    assert_eq!(answer.code(), ErrorCode::WorkerLost);
+    assert!(answer.error.unwrap().message.contains("after 2 failed placements"));
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn what_cannot_succeed_elsewhere_is_not_tried_elsewhere() {
+    for (decode, prefill) in [
+        (D::Refuse(ErrorCode::InvalidRequest), P::Well),
+        (D::Fail(2, ErrorCode::InvalidRequest), P::Well),
+        (D::Well, P::Fail(ErrorCode::InvalidRequest)),
+    ] {
+        let bench = Bench::start(config(), &TWO_PAIRS).await;
+        bench.script(&[decode], &[prefill]);
+        let answer = bench.answer(PROMPT, OUTPUT).await;
+        assert_eq!(answer.code(), ErrorCode::InvalidRequest);
+        assert_eq!(decodes(&bench).len(), 1);
+        bench.quiet().await;
+    }
+}
+
+#[tokio::test]
+async fn a_repeated_token_never_reaches_the_client() {
+    let bench = Bench::start(config(), &PAIR).await;
+    bench.script(&[D::Repeat(3)], &[]);
+    let answer = bench.answer(PROMPT, OUTPUT).await;
+    assert_eq!((answer.code(), answer.tokens.len()), (ErrorCode::Internal, 4));
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn an_unreachable_worker_is_passed_over() {
+    let bench = Bench::start(config(), &TWO_PAIRS).await;
+    let mut members = bench.members.clone();
+    members[0].address = "http://127.0.0.1:1".into();
+    members[2].address = "http://127.0.0.1:1".into();
+    bench.view(&members);
+    bench.answer(PROMPT, OUTPUT).await.is_whole(PROMPT, OUTPUT);
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_ends_everything_at_once() {
+    for prefill in [P::Well, P::Busy] {
+        let bench = Bench::start(config(), &PAIR).await;
+        bench.script(&[D::Stuck(2)], &[prefill]);
+        let mut events = bench.ask(request(PROMPT, OUTPUT)).await.unwrap();
+        while bench.world.active() < 1 {
+            events.next().await;
+        }
+        drop(events);
+        bench.quiet().await;
+    }
+}
+
+#[tokio::test]
+async fn a_request_waits_for_its_members_but_not_for_ever() {
+    let bench = Bench::start(config(), &PAIR).await;
+    bench.view(&[]);
+    let mut hasty = request(PROMPT, OUTPUT);
+    hasty.queue_timeout_ms = 100;
+    let answer = collect(bench.ask(hasty).await.unwrap()).await;
+    assert_eq!(answer.code(), ErrorCode::NoMembers);
+    let waiting = tokio::spawn(collect(bench.ask(request(PROMPT, OUTPUT)).await.unwrap()));
+    sleep(Duration::from_millis(300)).await;
+    assert_eq!(bench.shared.admission.depths().values().sum::<u32>(), 1);
+    bench.view(&bench.members);
+    let answer = waiting.await.unwrap();
+    answer.is_whole(PROMPT, OUTPUT);
+    assert!(answer.beats >= 3, "the gateway hears that we live: {}", answer.beats);
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn a_full_cluster_keeps_requests_in_order_and_a_full_queue_says_so() {
+    let mut narrow = config();
+    (narrow.running, narrow.queue.limit) = (1, 2);
+    let bench = Bench::start(narrow, &PAIR).await;
+    bench.script(&[], &[P::Busy]);
+    let mut blocking = bench.ask(request(PROMPT, OUTPUT)).await.unwrap();
+    while !matches!(blocking.next().await.unwrap().unwrap().event.unwrap(), Event::Started(_)) {}
+    let mut waiting = Vec::new();
+    for priority in [1, 0] {
+        let mut request = request(PROMPT + priority as u32, OUTPUT);
+        request.sequence.as_mut().unwrap().priority = priority;
+        waiting.push(bench.ask(request).await.unwrap());
+        sleep(Duration::from_millis(20)).await;
+    }
+    let refused = bench.answer(PROMPT, OUTPUT).await;
+    assert_eq!(refused.code(), ErrorCode::QueueFull);
+    drop(blocking);
+    for (events, prompt) in waiting.into_iter().zip([PROMPT + 1, PROMPT]) {
+        collect(events).await.is_whole(prompt, OUTPUT);
+    }
+    assert_eq!(decodes(&bench).iter().map(|(_, tokens)| *tokens).collect::<Vec<_>>(), [10, 10, 11]);
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn waiting_for_room_ends_with_the_deadline() {
+    let mut narrow = config();
+    narrow.prefill.requests = 1;
+    let bench = Bench::start(narrow, &PAIR).await;
+    bench.script(&[], &[P::Busy]);
+    let blocking = bench.ask(request(PROMPT, OUTPUT)).await.unwrap();
+    sleep(Duration::from_millis(100)).await;
+    let mut hasty = request(PROMPT, OUTPUT);
+    hasty.queue_timeout_ms = 100;
+    let answer = collect(bench.ask(hasty).await.unwrap()).await;
+    assert_eq!(answer.code(), ErrorCode::Deadline);
+    assert!(answer.error.unwrap().message.contains("prefill"));
+    drop(blocking);
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn what_never_fits_is_refused_at_once() {
+    let bench = Bench::start(config(), &PAIR).await;
+    let start = Instant::now();
+    assert_eq!(bench.answer(300, 101).await.code(), ErrorCode::ContextLength);
+    let mut unknown = request(PROMPT, OUTPUT);
+    unknown.model = "other".into();
+    assert_eq!(collect(bench.ask(unknown).await.unwrap()).await.code(), ErrorCode::ModelNotFound);
+    let mut members = bench.members.clone();
+    members[1].layout_fingerprint = 1;
+    bench.view(&members);
+    assert_eq!(bench.answer(PROMPT, OUTPUT).await.code(), ErrorCode::Mismatch);
+    assert!(start.elapsed() < Duration::from_millis(500));
+    let mut empty = request(0, OUTPUT);
+    empty.sequence.as_mut().unwrap().tokens.clear();
+    assert!(bench.ask(empty).await.is_err());
+}
+
+#[tokio::test]
+async fn many_at_once_through_failures_of_every_kind() {
+    let bench = Bench::start(config(), &TWO_PAIRS).await;
+    let d = [
+        D::Die(1),
+        D::Preempt(2),
+        D::Refuse(ErrorCode::NoCapacity),
+        D::Silent(4),
+        D::Well,
+        D::Fail(0, ErrorCode::Internal),
+    ];
+    let p = [P::DieBeforeFirst, P::Well, P::DieAfterFirst, P::Well, P::DieUnheard, P::Well, P::DieDelivered];
+    bench.script(&d.repeat(2), &p.repeat(2));
+    let answers = (0..24).map(|n| bench.answer(PROMPT + n % 5, OUTPUT + n));
+    for (n, answer) in (0..).zip(futures::future::join_all(answers).await) {
+        answer.is_whole(PROMPT + n % 5, OUTPUT + n);
+    }
+    bench.quiet().await;
+}

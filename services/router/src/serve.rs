@@ -1,0 +1,277 @@
+//! Starting and stopping: listeners, the registry or the etcd client, the tasks that follow the membership,
+//! and a drain with a bound.
+
+use crate::{
+    Config, Error, Shared,
+    admission::Admission,
+    channels::{self, Channels},
+    cluster::{self, Cluster},
+    config::ms,
+    metrics::Metrics,
+    policy::Credits,
+    service::Service,
+};
+use membership::{Membership, MembershipConfig, RegistryServer, View};
+use proto::router_server::RouterServer;
+use std::{
+    collections::HashSet,
+    future::Future,
+    io::Write,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+use telemetry::{Registry, admin, admin::Readiness};
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    time::{Instant, sleep},
+};
+use tonic::transport::{
+    Server,
+    server::{Router, TcpIncoming},
+};
+
+/// How often gauges and readiness are brought up to date when the membership does not change.
+const OBSERVE: Duration = Duration::from_millis(250);
+const STREAM_WINDOW: u32 = 4 << 20;
+const CONNECTION_WINDOW: u32 = 16 << 20;
+const FRAME: u32 = 1 << 20;
+/// Streams of one connection besides requests: registry, status, health, reflection.
+const OTHER_STREAMS: usize = 256;
+
+/// Serves until `shutdown` resolves; then running requests may go on for `drain_ms`.
+pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
+    config.check().map_err(Error::Config)?;
+    let mut registry = Registry::default();
+    let shared = Arc::new(shared(config, &mut registry));
+    let source = Source::new(&shared.config)?;
+    let (grpc, admin) = (listen(shared.config.listen).await?, listen(shared.config.admin).await?);
+    announce(&grpc, &admin)?;
+    let (readiness, ready) = watch::channel(Readiness::not("starting"));
+    let stopped = drained(&shared, &source, shutdown);
+    let incoming = TcpIncoming::from(grpc).with_nodelay(Some(true));
+    let server = grpc_server(&shared, &source).await?.serve_with_incoming(incoming);
+    tokio::select! {
+        () = stopped => Ok(()),
+        result = server => Ok(result?),
+        result = admin::serve(admin, registry, ready, axum::Router::new(), std::future::pending()) => Ok(result?),
+        () = follow(&shared, source.watch(), readiness) => Ok(()),
+        () = shared.admission.run() => Ok(()),
+    }
+}
+
+fn shared(config: Config, registry: &mut Registry) -> Shared {
+    let cluster = Cluster::new(cluster::Settings {
+        credits: Credits { tokens: config.prefill.tokens, requests: config.prefill.requests },
+        suspect: ms(config.members.suspect_ms),
+        refusal: ms(config.members.refusal_ms),
+        prefix_blocks: config.members.prefix_blocks,
+    });
+    let channels = Channels::new(channels::Settings {
+        per_address: config.members.connections,
+        connect: ms(config.liveness.connect_ms),
+        silence: ms(config.liveness.silence_ms),
+    });
+    let admission = Admission::new(cluster.clone(), &config);
+    let (metrics, draining) = (Metrics::new(registry), AtomicBool::new(false));
+    Shared { config, cluster, admission, channels, metrics, draining }
+}
+
+/// Where the membership comes from.
+enum Source {
+    /// Served here.
+    Registry(RegistryServer),
+    Etcd(Arc<dyn Membership>),
+}
+
+impl Source {
+    fn new(config: &Config) -> Result<Self, Error> {
+        if config.etcd.is_empty() {
+            return Ok(Source::Registry(RegistryServer::new(ms(config.lease_ms))));
+        }
+        let (etcd, prefix, lease_ms) = (config.etcd.clone(), config.prefix.clone(), config.lease_ms);
+        let config = MembershipConfig { etcd, prefix, lease_ms, ..MembershipConfig::default() };
+        Ok(Source::Etcd(membership::connect(config)?))
+    }
+
+    fn watch(&self) -> watch::Receiver<View> {
+        match self {
+            Source::Registry(registry) => registry.watch(),
+            Source::Etcd(etcd) => etcd.watch(),
+        }
+    }
+
+    fn close(&self) {
+        if let Source::Registry(registry) = self {
+            registry.close();
+        }
+    }
+}
+
+async fn grpc_server(shared: &Arc<Shared>, source: &Source) -> Result<Router, Error> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<RouterServer<Service>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+        .build_v1()?;
+    let service = RouterServer::new(Service { shared: shared.clone() })
+        .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
+    let streams = shared.config.running + shared.config.queue.limit + OTHER_STREAMS;
+    let server = Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME)
+        .max_concurrent_streams(u32::try_from(streams).unwrap_or(u32::MAX))
+        .http2_keepalive_interval(Some(ms(shared.config.liveness.silence_ms)))
+        .tcp_nodelay(true)
+        .add_service(service)
+        .add_service(health)
+        .add_service(reflection);
+    Ok(match source {
+        Source::Registry(registry) => server.add_service(registry.service()),
+        Source::Etcd(_) => server,
+    })
+}
+
+/// Takes over each view, and keeps readiness and gauges current.
+async fn follow(shared: &Shared, mut views: watch::Receiver<View>, readiness: watch::Sender<Readiness>) {
+    let mut source_lives = true;
+    loop {
+        let view = views.borrow_and_update().clone();
+        let addresses: HashSet<&str> = view.members.iter().map(|member| member.address.as_str()).collect();
+        shared.channels.retain(&addresses);
+        shared.cluster.update(&view);
+        loop {
+            observe(shared, &readiness);
+            tokio::select! {
+                changed = views.changed(), if source_lives => {
+                    source_lives = changed.is_ok();
+                    break;
+                }
+                () = sleep(OBSERVE) => {}
+            }
+        }
+    }
+}
+
+fn observe(shared: &Shared, readiness: &watch::Sender<Readiness>) {
+    shared.metrics.observe(shared);
+    let now = match shared.cluster.readiness() {
+        _ if shared.draining.load(Ordering::Relaxed) => Readiness::not("stopping"),
+        Ok(()) => Readiness::ready(),
+        Err(reason) => Readiness::not(reason),
+    };
+    readiness.send_if_modified(|before| {
+        let changed = *before != now;
+        *before = now;
+        changed
+    });
+}
+
+/// Resolves when, after `shutdown`, nothing runs any more or the time to drain is over.
+async fn drained(shared: &Shared, source: &Source, shutdown: impl Future<Output = ()> + Send) {
+    shutdown.await;
+    shared.draining.store(true, Ordering::Relaxed);
+    let deadline = Instant::now() + ms(shared.config.drain_ms);
+    while shared.admission.busy() && Instant::now() < deadline {
+        sleep(Duration::from_millis(20)).await;
+    }
+    source.close();
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(address).await.map_err(|source| Error::Listen { address, source })
+}
+
+/// The one line on stdout: where we listen, as ports may have been 0.
+fn announce(grpc: &TcpListener, admin: &TcpListener) -> Result<(), Error> {
+    let url = |listener: &TcpListener| listener.local_addr().map(|address| format!("http://{address}"));
+    let listening = serde_json::json!({"listening": {"grpc": url(grpc)?, "admin": url(admin)?}});
+    // Whoever started us may not listen.
+    let _ = writeln!(std::io::stdout(), "{listening}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fakes::{self, World};
+    use membership::connect;
+    use proto::{Role, StatusRequest, generate_event::Event, router_client::RouterClient};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+        sync::oneshot,
+        time::timeout,
+    };
+
+    async fn free_address() -> SocketAddr {
+        TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+    }
+
+    async fn get(admin: SocketAddr, path: &str) -> String {
+        let mut stream = TcpStream::connect(admin).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: router\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut response = String::new();
+        stream.read_to_string(&mut response).await.unwrap();
+        response
+    }
+
+    async fn until(what: &str, admin: SocketAddr, path: &str, part: &str) {
+        let seen = async {
+            while !get(admin, path).await.contains(part) {
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        timeout(Duration::from_secs(5), seen).await.unwrap_or_else(|_| panic!("never {what}"));
+    }
+
+    #[tokio::test]
+    async fn members_join_a_request_is_answered_and_all_of_it_stops() {
+        let (listen, admin) = (free_address().await, free_address().await);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let config = Config { listen, admin, ..fakes::config() };
+        let router = tokio::spawn(run(config, async { drop(stopped.await) }));
+        while TcpStream::connect(admin).await.is_err() {
+            sleep(Duration::from_millis(10)).await;
+        }
+        assert!(get(admin, "/health").await.starts_with("HTTP/1.1 200"));
+        until("says that no worker has joined", admin, "/ready", "no worker has joined").await;
+
+        let members = connect(MembershipConfig::registry(format!("http://{listen}"))).unwrap();
+        let world = Arc::new(World::default());
+        let _prefill = members.join(world.worker("p", Role::Prefill).await);
+        until("says that decode is missing", admin, "/ready", "no decode worker").await;
+        let _decode = members.join(world.worker("d", Role::Decode).await);
+        until("ready", admin, "/ready", "HTTP/1.1 200").await;
+
+        let mut client = RouterClient::connect(format!("http://{listen}")).await.unwrap();
+        let mut events = client.generate(fakes::request(10, 5)).await.unwrap().into_inner();
+        let mut last = None;
+        while let Some(event) = events.message().await.unwrap() {
+            last = event.event;
+        }
+        assert!(matches!(last, Some(Event::Finished(_))), "{last:?}");
+        let status = client.status(StatusRequest {}).await.unwrap().into_inner();
+        assert_eq!((status.members.len(), status.queue_limit), (2, 1024));
+        until("counts", admin, "/metrics", "baton_router_placements_total{outcome=\"placed\"} 1").await;
+        until("counts", admin, "/metrics", "baton_members{role=\"decode\",state=\"ready\"} 1").await;
+
+        stop.send(()).unwrap();
+        timeout(Duration::from_secs(2), router).await.expect("stops in time").unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_port_in_use_is_named() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listen = taken.local_addr().unwrap();
+        let error = run(Config { listen, ..fakes::config() }, std::future::pending()).await.unwrap_err();
+        assert!(error.to_string().contains(&listen.to_string()), "{error}");
+    }
+}

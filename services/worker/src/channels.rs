@@ -1,0 +1,30 @@
+//! Connections to decode workers, kept by address. A channel connects when first used and again after a
+//! loss, so one failed delivery spoils nothing for the next.
+
+use handoff::{Error, transport};
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+};
+use tonic::transport::Channel;
+
+/// Addresses kept; beyond these the cache starts anew. Deliveries under way keep their own channel.
+const MOST: usize = 1024;
+
+#[derive(Default)]
+pub struct Channels(Mutex<HashMap<String, Channel>>);
+
+impl Channels {
+    pub fn get(&self, address: &str) -> Result<Channel, Error> {
+        let mut channels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(channel) = channels.get(address) {
+            return Ok(channel.clone());
+        }
+        if channels.len() >= MOST {
+            channels.clear();
+        }
+        let channel = transport::channel(address)?;
+        channels.insert(address.to_owned(), channel.clone());
+        Ok(channel)
+    }
+}

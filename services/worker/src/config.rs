@@ -1,0 +1,242 @@
+//! The worker's configuration: one TOML file, read once at start. Durations are milliseconds.
+
+use crate::Error;
+use handoff::{Patience, deliver};
+use membership::MembershipConfig;
+use serde::{Deserialize, Serialize};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    Prefill,
+    Decode,
+    #[default]
+    Both,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    pub role: Role,
+    /// What computes: `cpu`.
+    pub backend: String,
+    /// Hugging Face directory of the model.
+    pub model: PathBuf,
+    /// Name under which the model is asked for; the directory's name if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub served_model_name: Option<String>,
+    /// gRPC. Port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Health, readiness, metrics and `/debug/pool` over HTTP.
+    pub admin: SocketAddr,
+    /// http://host:port under which routers and prefill workers reach `listen`; needed when that is 0.0.0.0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<String>,
+    /// The same for `admin`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advertise_admin: Option<String>,
+    /// Tokens in a KV block. Workers that exchange blocks must agree.
+    pub block_tokens: u32,
+    /// Blocks in the KV pool; computed from `kv_cache_mb` if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_blocks: Option<u32>,
+    /// Size of the KV pool in MiB.
+    pub kv_cache_mb: u64,
+    /// Sequences in one step.
+    pub max_sequences: u32,
+    /// Tokens in one step, and so the largest chunk of a prompt.
+    pub max_step_tokens: u32,
+    /// Tokens of prompt and output together; the model's own limit if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_context: Option<u32>,
+    /// Whether the KV blocks of a prompt serve later prompts that begin alike.
+    pub prefix_cache: bool,
+    /// Largest share of the pool that may be reserved and not yet decoding.
+    pub max_reserved_share: f32,
+    /// Sequences that may wait for the engine.
+    pub waiting: u32,
+    /// Threads that compute; 0: one for each core.
+    pub threads: usize,
+    pub membership: MembershipConfig,
+    pub liveness: Liveness,
+    pub handoff: Handoff,
+    /// Longest wait for running sequences when the worker is told to stop.
+    pub drain_ms: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Liveness {
+    /// Pace of the heartbeats on every open stream.
+    pub heartbeat_ms: u64,
+    /// A delivery's peer silent for this long is lost.
+    pub silence_ms: u64,
+    /// How long a reservation waits for a delivery to open, or for the router after one was lost.
+    pub reservation_ms: u64,
+    /// A router that takes no event for this long is given up.
+    pub stalled_ms: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Handoff {
+    /// KiB of blocks read and not yet accepted, of one delivery.
+    pub window_kb: u64,
+    /// Times that one block may be offered before the delivery fails.
+    pub tries: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            role: Role::Both,
+            backend: "cpu".into(),
+            model: PathBuf::new(),
+            served_model_name: None,
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            admin: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            advertise_admin: None,
+            block_tokens: 64,
+            kv_blocks: None,
+            kv_cache_mb: 128,
+            max_sequences: 64,
+            max_step_tokens: 512,
+            max_context: None,
+            prefix_cache: true,
+            max_reserved_share: 0.5,
+            waiting: 1024,
+            threads: 0,
+            membership: MembershipConfig::default(),
+            liveness: Liveness::default(),
+            handoff: Handoff::default(),
+            drain_ms: 5_000,
+        }
+    }
+}
+
+impl Default for Liveness {
+    fn default() -> Self {
+        Liveness { heartbeat_ms: 1_000, silence_ms: 10_000, reservation_ms: 30_000, stalled_ms: 30_000 }
+    }
+}
+
+impl Default for Handoff {
+    fn default() -> Self {
+        Handoff { window_kb: 16 << 10, tries: 3 }
+    }
+}
+
+impl Config {
+    /// What [`crate::run`] refuses before it binds or loads anything.
+    pub fn check(&self) -> Result<(), Error> {
+        if self.backend != "cpu" {
+            return Err(Error::Backend(self.backend.clone()));
+        }
+        if self.model.as_os_str().is_empty() {
+            return Err(wrong("model", "is not set", "give the directory of a model in Hugging Face layout"));
+        }
+        for (key, value) in [
+            ("block_tokens", u64::from(self.block_tokens)),
+            ("max_sequences", u64::from(self.max_sequences)),
+            ("max_step_tokens", u64::from(self.max_step_tokens)),
+            ("kv_blocks", self.kv_blocks.map_or(1, u64::from)),
+            ("kv_cache_mb", self.kv_cache_mb),
+            ("liveness.heartbeat_ms", self.liveness.heartbeat_ms),
+            ("handoff.tries", u64::from(self.handoff.tries)),
+        ] {
+            if value == 0 {
+                return Err(wrong(key, "is 0", "give at least 1"));
+            }
+        }
+        if !(self.max_reserved_share > 0.0 && self.max_reserved_share <= 1.0) {
+            return Err(wrong("max_reserved_share", "is not a share", "give a number above 0 and up to 1"));
+        }
+        if self.liveness.silence_ms <= 2 * self.liveness.heartbeat_ms {
+            return Err(wrong("liveness.silence_ms", "is too short", "give more than twice heartbeat_ms"));
+        }
+        self.check_advertised()?;
+        Ok(self.membership.check()?)
+    }
+
+    fn check_advertised(&self) -> Result<(), Error> {
+        for (key, listen, advertise) in [
+            ("advertise", self.listen, &self.advertise),
+            ("advertise_admin", self.admin, &self.advertise_admin),
+        ] {
+            if listen.ip().is_unspecified() && advertise.is_none() {
+                let fix = "give http://host:port as others reach this worker";
+                return Err(wrong(key, "is needed when listening on every address", fix));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn patience(&self) -> Patience {
+        Patience {
+            silence: Duration::from_millis(self.liveness.silence_ms),
+            delivery: Duration::from_millis(self.liveness.reservation_ms),
+        }
+    }
+
+    pub(crate) fn deliver(&self) -> deliver::Options {
+        deliver::Options {
+            window_bytes: (self.handoff.window_kb as usize) << 10,
+            tries: self.handoff.tries,
+            silence: Duration::from_millis(self.liveness.silence_ms),
+            heartbeat: Duration::from_millis(self.liveness.heartbeat_ms),
+        }
+    }
+}
+
+fn wrong(key: &'static str, what: &'static str, fix: &'static str) -> Error {
+    Error::Config { key, what, fix }
+}
+
+impl Role {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Role::Prefill => "prefill",
+            Role::Decode => "decode",
+            Role::Both => "both",
+        }
+    }
+
+    pub(crate) fn prefills(self) -> bool {
+        self != Role::Decode
+    }
+
+    pub(crate) fn decodes(self) -> bool {
+        self != Role::Prefill
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(toml: &str) -> String {
+        let text = format!("model = \"m\"\nmembership.registry = \"http://router:1\"\n{toml}");
+        match toml::from_str::<Config>(&text) {
+            Ok(config) => config.check().map_or_else(|error| error.to_string(), |()| "ok".into()),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn wrong_values_are_named() {
+        assert_eq!(check("role = \"decode\"\nkv_blocks = 9"), "ok");
+        for (toml, part) in [
+            ("rol = \"decode\"", "unknown field `rol`"),
+            ("role = \"draft\"", "unknown variant `draft`"),
+            ("backend = \"cuda\"", "cuda"),
+            ("block_tokens = 0", "block_tokens"),
+            ("max_reserved_share = 1.5", "max_reserved_share"),
+            ("listen = \"0.0.0.0:7000\"", "advertise"),
+            ("liveness.silence_ms = 1500", "silence_ms"),
+        ] {
+            assert!(check(toml).contains(part), "{toml}: {}", check(toml));
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! The decode service: reserves blocks, takes a hand-off into them, decodes. A worker of role both also runs
+//! whole sequences here. One call is one sequence's life; its end, however it comes, frees everything.
+
+use crate::{
+    call::{Call, Stop, Stream},
+    convert,
+    reservations::Entry,
+    shared::{Shared, engine_lost},
+};
+use engine::{Event, FirstToken, Reservation, Running, SequenceSpec};
+use handoff::{
+    digest,
+    receive::{Incoming, Outcome, Plan},
+    receiver::Answer,
+};
+use proto::{DecodeEvent, Error, ErrorCode, decode_call::Call as Ask, decode_event::Event as Wire};
+use std::{sync::Arc, time::Duration};
+use telemetry::trace;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
+
+#[derive(Clone)]
+pub struct DecodeService(pub Arc<Shared>);
+
+impl Stream for DecodeEvent {
+    fn heartbeat(heartbeat: proto::Heartbeat) -> Self {
+        event(Wire::Heartbeat(heartbeat))
+    }
+
+    fn error(error: Error) -> Self {
+        event(Wire::Error(error))
+    }
+}
+
+fn event(event: Wire) -> DecodeEvent {
+    DecodeEvent { event: Some(event) }
+}
+
+#[tonic::async_trait]
+impl proto::decode_server::Decode for DecodeService {
+    type GenerateStream = ReceiverStream<Result<DecodeEvent, Status>>;
+
+    async fn generate(
+        &self,
+        request: Request<Streaming<proto::DecodeCall>>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let trace = trace::extract(request.metadata());
+        let (call, stream) = Call::open(self.0.clone());
+        let mut life = Life { call, asks: Some(request.into_inner()), seen: None };
+        self.0.spawn(async move {
+            let outcome = match life.start().await {
+                Ok(start) => {
+                    let id = start.sequence.as_ref().map_or("", |sequence| &sequence.request_id);
+                    let span = trace::span("decode", &trace, id);
+                    life.live(start).instrument(span).await
+                }
+                Err(stop) => Err(stop),
+            };
+            life.call.end(outcome).await;
+        });
+        Ok(Response::new(stream))
+    }
+}
+
+struct Life {
+    call: Call<DecodeEvent>,
+    /// `None` once the router has said that it will ask nothing more.
+    asks: Option<Streaming<proto::DecodeCall>>,
+    /// Position of a token that the client has and is not told again.
+    seen: Option<u32>,
+}
+
+impl Life {
+    async fn start(&mut self) -> Result<proto::DecodeStart, Stop> {
+        let patience = Duration::from_millis(self.call.shared.config.liveness.silence_ms);
+        match tokio::time::timeout(patience, self.ask()).await {
+            Ok(Ok(Ask::Start(start))) => Ok(start),
+            Ok(Ok(_)) => Err(invalid("a call begins with `start`")),
+            Ok(Err(stop)) => Err(stop),
+            Err(_) => Err(Error::new(ErrorCode::Deadline, "the call did not start in time").into()),
+        }
+    }
+
+    async fn live(&mut self, start: proto::DecodeStart) -> Result<(), Stop> {
+        let shared = self.call.shared.clone();
+        shared.admit()?;
+        check_role(&shared, start.prefill_here)?;
+        let spec = shared.bounds.spec(start.sequence, start.forced)?;
+        if start.prefill_here { self.run_here(spec).await } else { self.take_over(spec).await }
+    }
+
+    /// Whole sequence on this worker.
+    async fn run_here(&mut self, spec: SequenceSpec) -> Result<(), Stop> {
+        let engine = self.call.shared.engine.clone();
+        self.seen = spec.forced.map(|_| spec.tokens.len() as u32);
+        let running = self.unless_stopped(engine.generate(spec)).await?.map_err(convert::refused)?;
+        self.stream(running).await
+    }
+
+    /// Reservation, hand-off, decode.
+    async fn take_over(&mut self, spec: SequenceSpec) -> Result<(), Stop> {
+        let shared = self.call.shared.clone();
+        let layout = shared.layout;
+        let bindings = digest::bindings(&spec.tokens, layout.block_tokens, shared.layout_fingerprint);
+        let asked = self.unless_stopped(shared.engine.reserve(spec)).await?;
+        let reservation = asked.map_err(convert::refused)?;
+        let plan = Plan {
+            blocks: reservation.blocks.clone(),
+            present: reservation.present,
+            bindings,
+            weights_fingerprint: shared.weights_fingerprint,
+            patience: shared.config.patience(),
+        };
+        let commit = self.receive(plan).await?;
+        match commit {
+            Outcome::Complete(commit) => self.decode(reservation, commit).await,
+            Outcome::Finished(commit) => {
+                drop(reservation);
+                self.finished_at_once(commit).await
+            }
+            Outcome::Expired => Err(Error::new(ErrorCode::Deadline, "no prefill delivered in time").into()),
+        }
+    }
+
+    /// Until everything is here. However it ends, nothing writes into the blocks any more.
+    async fn receive(&mut self, plan: Plan) -> Result<Outcome, Stop> {
+        let shared = self.call.shared.clone();
+        let (present, needed) = (plan.present, plan.bindings.len() as u32);
+        let engine = shared.engine.clone();
+        let (mut incoming, inbox) =
+            Incoming::new(plan, shared.memory.clone(), move || engine.last_submitted());
+        let entry = shared.reservations.insert(inbox)?;
+        let reserved = proto::Reserved {
+            reservation: entry.id(),
+            epoch: incoming.epoch(),
+            blocks_present: present,
+            blocks_needed: needed,
+        };
+        let outcome = match self.emit(Wire::Reserved(reserved)).await {
+            Ok(()) => self.attend(&mut incoming, &entry).await,
+            Err(stop) => Err(stop),
+        };
+        drop(entry);
+        shared.metrics.handed_off(&incoming.received(), &outcome);
+        incoming.close().await;
+        outcome
+    }
+
+    async fn attend(&mut self, incoming: &mut Incoming, entry: &Entry) -> Result<Outcome, Stop> {
+        loop {
+            let advance = tokio::select! {
+                outcome = incoming.run() => return Ok(outcome),
+                ask = self.ask() => advance(ask?)?,
+            };
+            if advance.reservation != entry.id() {
+                return Err(invalid("`advance.reservation` is not the one of this call"));
+            }
+            self.advanced(incoming.advance(advance.epoch)).await?;
+        }
+    }
+
+    async fn advanced(&mut self, answer: Answer) -> Result<(), Stop> {
+        match answer {
+            Answer::Advanced { epoch, accepted } => {
+                self.emit(Wire::Advanced(proto::Advanced { epoch, accepted })).await
+            }
+            Answer::AlreadyComplete => self.emit(Wire::AlreadyComplete(proto::AlreadyComplete {})).await,
+            Answer::NoSuchEpoch { current } => {
+                let message = format!("`advance.epoch` does not exist yet; the current one is {current}");
+                Err(invalid(&message))
+            }
+        }
+    }
+
+    async fn decode(&mut self, reservation: Reservation, commit: proto::Commit) -> Result<(), Stop> {
+        let first = commit.first_token.ok_or_else(|| invalid("`commit.first_token` is missing"))?;
+        let running = reservation.activate(FirstToken(first.id)).await;
+        self.emit(Wire::Decoding(proto::Decoding { first_token: Some(first) })).await?;
+        self.stream(running).await
+    }
+
+    async fn finished_at_once(&mut self, commit: proto::Commit) -> Result<(), Stop> {
+        let (reason, stop_token) = (commit.finished.unwrap_or_default(), commit.stop_token);
+        self.emit(Wire::Decoding(proto::Decoding { first_token: commit.first_token })).await?;
+        self.emit(Wire::Finished(proto::DecodeFinished { reason, stop_token })).await
+    }
+
+    /// Passes on what the engine says, to the end.
+    async fn stream(&mut self, mut running: Running) -> Result<(), Stop> {
+        loop {
+            tokio::select! {
+                event = running.events.recv() => {
+                    if self.pass(event).await? {
+                        return Ok(());
+                    }
+                }
+                ask = self.ask() => {
+                    advance(ask?)?;
+                    self.advanced(Answer::AlreadyComplete).await?;
+                }
+            }
+        }
+    }
+
+    /// Whether that was the last event.
+    async fn pass(&mut self, event: Option<Event>) -> Result<bool, Stop> {
+        let wire = match event {
+            Some(Event::Started { cached_tokens }) => {
+                Wire::LocalPrefill(proto::LocalPrefill { cached_tokens: cached_tokens as u32 })
+            }
+            Some(Event::PromptLogprob { position, logprobs }) => {
+                Wire::PromptLogprob(convert::prompt_logprob(position, logprobs))
+            }
+            Some(Event::Token { position, .. }) if self.seen == Some(position) => return Ok(false),
+            Some(Event::Token { position, token }) => Wire::Token(convert::token(position, token)),
+            Some(Event::Finished(finish)) => {
+                let (reason, stop_token) = convert::finish(finish);
+                Wire::Finished(proto::DecodeFinished { reason: reason as i32, stop_token })
+            }
+            Some(Event::Preempted) => Wire::Preempted(proto::Preempted {}),
+            Some(Event::Failed(cause)) => return Err(Error::new(ErrorCode::Internal, cause).into()),
+            Some(event @ Event::Computed { .. }) => return Err(convert::unexpected(&event).into()),
+            None => return Err(engine_lost("it dropped the sequence").into()),
+        };
+        let last = matches!(wire, Wire::Finished(_) | Wire::Preempted(_));
+        self.emit(wire).await?;
+        Ok(last)
+    }
+
+    async fn emit(&mut self, wire: Wire) -> Result<(), Stop> {
+        self.call.emit(event(wire)).await
+    }
+
+    async fn unless_stopped<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Stop> {
+        tokio::select! {
+            done = work => Ok(done),
+            stop = self.call.stopped() => Err(stop),
+        }
+    }
+
+    /// The router's next word; errors when the call has to end. Cancel-safe.
+    async fn ask(&mut self) -> Result<Ask, Stop> {
+        loop {
+            let message = match &mut self.asks {
+                None => return Err(self.call.stopped().await),
+                Some(asks) => tokio::select! {
+                    message = asks.message() => message,
+                    stop = self.call.stopped() => return Err(stop),
+                },
+            };
+            match message {
+                Ok(Some(proto::DecodeCall { call: Some(Ask::Cancel(_)) })) | Err(_) => {
+                    return Err(Stop::Gone);
+                }
+                Ok(Some(proto::DecodeCall { call: Some(ask) })) => return Ok(ask),
+                // A message of a kind this version does not know.
+                Ok(Some(proto::DecodeCall { call: None })) => {}
+                // Half-closed: it listens and will ask nothing more.
+                Ok(None) => self.asks = None,
+            }
+        }
+    }
+}
+
+fn invalid(message: &str) -> Stop {
+    Stop::Failed(Error::new(ErrorCode::InvalidRequest, message))
+}
+
+/// The only thing to ask of a call that has started.
+fn advance(ask: Ask) -> Result<proto::Advance, Stop> {
+    match ask {
+        Ask::Advance(advance) => Ok(advance),
+        Ask::Start(_) | Ask::Cancel(_) => Err(invalid("a call starts once")),
+    }
+}
+
+fn check_role(shared: &Shared, prefill_here: bool) -> Result<(), Error> {
+    let role = shared.role();
+    let fits = if prefill_here { role == crate::Role::Both } else { role.decodes() };
+    if fits {
+        return Ok(());
+    }
+    let what = if prefill_here { "runs no whole sequences" } else { "decodes nothing" };
+    let message = format!("worker {} has role {} and {what}", shared.id, role.name());
+    Err(Error::new(ErrorCode::InvalidRequest, message))
+}

@@ -1,0 +1,23 @@
+//! Why a worker does not start, or ends.
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("configuration: `{key}` {what}; {fix}")]
+    Config { key: &'static str, what: &'static str, fix: &'static str },
+    #[error("this build has no backend `{0}`; it has `cpu`")]
+    Backend(String),
+    #[error("configuration: {0}")]
+    Membership(#[from] membership::Error),
+    #[error("cannot listen on {address}: {cause}; choose another port, or 0 for a free one")]
+    Listen { address: std::net::SocketAddr, cause: std::io::Error },
+    #[error("cannot load the model: {0}")]
+    Model(#[from] model::Error),
+    #[error("a KV pool of {megabytes} MiB holds {blocks} blocks of {block_bytes} bytes; raise kv_cache_mb")]
+    Pool { megabytes: u64, blocks: u64, block_bytes: usize },
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
+    #[error("the engine stopped: {0}; the worker cannot go on and must be started again")]
+    Engine(String),
+    #[error("the gRPC port failed: {0}")]
+    Serve(String),
+}

@@ -1,0 +1,23 @@
+//! A worker: an engine with a model behind three gRPC services. Prefill computes prompts and delivers their KV
+//! blocks, decode reserves, receives and writes answers; engine, cache and process are the same, and only
+//! `prefill.rs` and `decode.rs` differ. Knows token ids, never text; joins the membership and leaves it by draining.
+
+mod call;
+mod channels;
+mod config;
+mod convert;
+mod decode;
+mod deliveries;
+mod error;
+mod load;
+mod member;
+mod metrics;
+mod pool;
+mod prefill;
+mod reservations;
+mod serve;
+mod shared;
+
+pub use config::{Config, Handoff, Liveness, Role};
+pub use error::Error;
+pub use serve::run;

@@ -1,0 +1,92 @@
+//! From a model's directory to a running engine. The only place that names a backend.
+
+use crate::{Config, Error, Role, convert::Bounds, shared::Identity};
+use engine::{EngineConfig, EngineHandle, ModelExecutor, StepRecord};
+use kernels::cpu::{CpuBackend, CpuOptions};
+use kv::{KvDtype, KvLayout};
+use model::{ModelRunner, RunnerOptions};
+use std::sync::Arc;
+use tokio::sync::oneshot;
+
+pub struct Loaded {
+    pub engine: EngineHandle,
+    pub identity: Identity,
+    /// Name under which the model is served.
+    pub model: String,
+}
+
+/// Checks and loads on a thread of its own, which may take minutes and keeps no process from ending.
+pub async fn load(
+    config: Config,
+    on_step: impl Fn(StepRecord) + Send + Sync + 'static,
+) -> Result<Loaded, Error> {
+    let (sender, loaded) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("load".to_owned());
+    thread.spawn(move || drop(sender.send(start(&config, on_step)))).map_err(Error::Thread)?;
+    loaded
+        .await
+        .unwrap_or_else(|_| Err(Error::Engine("its start panicked; the log has the message".to_owned())))
+}
+
+fn start(config: &Config, on_step: impl Fn(StepRecord) + Send + Sync + 'static) -> Result<Loaded, Error> {
+    let options = options(config)?;
+    let backend = CpuOptions { threads: config.threads, ..CpuOptions::default() };
+    let backend = CpuBackend::new(backend).map_err(model::Error::from)?;
+    let runner = ModelRunner::load(&config.model, backend, options)?;
+    let model = runner.model().clone();
+    let executor = ModelExecutor::new(runner).map_err(Error::Thread)?;
+    let engine = engine::spawn(executor, engine_config(config, on_step));
+    let limits = engine.limits();
+    Ok(Loaded {
+        identity: Identity {
+            weights_fingerprint: model.weights_fingerprint,
+            bounds: Bounds { vocab_size: limits.vocab_size, max_context: limits.max_context },
+        },
+        model: config.served_model_name.clone().unwrap_or(model.name),
+        engine,
+    })
+}
+
+fn options(config: &Config) -> Result<RunnerOptions, Error> {
+    Ok(RunnerOptions {
+        block_tokens: config.block_tokens,
+        blocks: blocks(config)?,
+        max_sequences: config.max_sequences,
+        max_step_tokens: config.max_step_tokens,
+        max_context: config.max_context,
+        tokenizer_size: None,
+    })
+}
+
+fn blocks(config: &Config) -> Result<u32, Error> {
+    if let Some(blocks) = config.kv_blocks {
+        return Ok(blocks);
+    }
+    let model = model::check_directory(&config.model)?.config;
+    let row = model.kv_lora_rank + model.rope_dim;
+    let layout =
+        KvLayout { dtype: KvDtype::F32, layers: model.layers, block_tokens: config.block_tokens, row };
+    let (megabytes, block_bytes) = (config.kv_cache_mb, layout.block_bytes());
+    let blocks = (megabytes << 20) / block_bytes as u64;
+    match u32::try_from(blocks) {
+        Ok(blocks @ 1..) => Ok(blocks),
+        _ => Err(Error::Pool { megabytes, blocks, block_bytes }),
+    }
+}
+
+fn engine_config(config: &Config, on_step: impl Fn(StepRecord) + Send + Sync + 'static) -> EngineConfig {
+    EngineConfig {
+        role: match config.role {
+            Role::Prefill => engine::Role::Prefill,
+            Role::Decode => engine::Role::Decode,
+            Role::Both => engine::Role::Both,
+        },
+        max_sequences: config.max_sequences,
+        max_step_tokens: config.max_step_tokens,
+        blocks: 0,
+        prefix_cache: config.prefix_cache,
+        max_reserved_share: config.max_reserved_share,
+        waiting_limit: config.waiting as usize,
+        on_step: Some(Arc::new(on_step)),
+    }
+}

@@ -1,0 +1,61 @@
+//! What this worker shows of itself: the pool, the steps, the hand-offs that came in. Hand-offs are counted where
+//! they land, so that the sum over all workers counts each once.
+
+use crate::{Role, call::Stop};
+use engine::{EngineLoad, StepRecord};
+use handoff::receive::{Outcome, Received};
+use proto::ErrorCode;
+use telemetry::{Registry, worker};
+
+const TRANSPORT: &str = "grpc";
+
+#[derive(Clone)]
+pub struct Metrics {
+    role: &'static str,
+    inner: worker::Metrics,
+}
+
+impl Metrics {
+    pub fn new(role: Role, registry: &mut Registry) -> Self {
+        let inner = worker::Metrics::new(registry);
+        inner.count_bytes(TRANSPORT, 0);
+        Metrics { role: role.name(), inner }
+    }
+
+    pub fn loaded(&self, load: &EngineLoad) {
+        let blocks = load.blocks;
+        for (state, count) in [
+            ("free", blocks.free),
+            ("cached", blocks.cached),
+            ("held", blocks.held),
+            ("quarantined", blocks.quarantined),
+        ] {
+            self.inner.set_blocks(self.role, state, count);
+        }
+        self.inner.running.set(i64::from(load.running));
+        self.inner.waiting.set(i64::from(load.waiting));
+    }
+
+    pub fn step(&self, step: StepRecord) {
+        self.inner.observe_step(step.kind.label(), step.tokens, step.elapsed);
+    }
+
+    pub fn handed_off(&self, received: &Received, outcome: &Result<Outcome, Stop>) {
+        self.inner.count_bytes(TRANSPORT, received.bytes);
+        self.inner.count_handoff(label(outcome));
+        if received.blocks > 0 && matches!(outcome, Ok(Outcome::Complete(_))) {
+            self.inner.handoff_seconds.observe(received.elapsed.as_secs_f64());
+        }
+    }
+}
+
+fn label(outcome: &Result<Outcome, Stop>) -> &'static str {
+    match outcome {
+        Ok(Outcome::Complete(_)) => "complete",
+        Ok(Outcome::Finished(_)) => "finished",
+        Ok(Outcome::Expired) => "expired",
+        Err(Stop::Gone) => "cancelled",
+        Err(Stop::Failed(error)) if error.code() == ErrorCode::Draining => "cancelled",
+        Err(Stop::Failed(_)) => "failed",
+    }
+}

@@ -1,0 +1,206 @@
+//! The life of the process: bind, load, serve, join; drain and leave.
+
+use crate::{
+    Config, Error,
+    decode::DecodeService,
+    deliveries::HandoffService,
+    load::{self, Loaded},
+    member::{self, Addresses},
+    metrics::Metrics,
+    pool,
+    prefill::PrefillService,
+    shared::Shared,
+};
+use membership::Membership;
+use proto::{decode_server::DecodeServer, handoff_server::HandoffServer, prefill_server::PrefillServer};
+use std::{future::Future, io::Write, net::SocketAddr, sync::Arc, time::Duration};
+use telemetry::{Readiness, Registry, admin};
+use tokio::{
+    net::TcpListener,
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
+use tokio_stream::wrappers::TcpListenerStream;
+
+/// Longest wait for connections to close once nothing runs on them.
+const CLOSE: Duration = Duration::from_millis(500);
+
+/// Runs a worker until `shutdown`, then drains it. Prints one line with its addresses to stdout once bound.
+pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
+    config.check()?;
+    let membership = membership::connect(config.membership.clone())?;
+    let listeners = Listeners::bind(&config).await?;
+    listeners.announce();
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(config.role, &mut registry);
+    let (ready, readiness) = watch::channel(Readiness::not("loading the model"));
+    let (current, pool) = watch::channel(None);
+    let Listeners { grpc, admin, addresses } = listeners;
+    let admin = Server::spawn(|stop| admin::serve(admin, registry, readiness, pool::router(pool), stop));
+    tokio::pin!(shutdown);
+    let (shared, model) = tokio::select! {
+        loaded = load(config, metrics) => loaded?,
+        () = &mut shutdown => {
+            admin.stop().await;
+            return Ok(());
+        }
+    };
+    current.send_replace(Some(shared.clone()));
+    let server = Server::spawn(|stop| serve(grpc, shared.clone(), stop));
+    let worker = Worker { shared, model, addresses, server, ready };
+    let outcome = worker.live(&*membership, shutdown).await;
+    admin.stop().await;
+    outcome
+}
+
+async fn load(config: Config, metrics: Metrics) -> Result<(Arc<Shared>, String), Error> {
+    let on_step = {
+        let metrics = metrics.clone();
+        move |step| metrics.step(step)
+    };
+    let Loaded { engine, identity, model } = load::load(config.clone(), on_step).await?;
+    let shared = Arc::new(Shared::new(config, engine, identity, metrics));
+    shared.metrics.loaded(&shared.load());
+    Ok((shared, model))
+}
+
+struct Listeners {
+    grpc: TcpListener,
+    admin: TcpListener,
+    addresses: Addresses,
+}
+
+impl Listeners {
+    async fn bind(config: &Config) -> Result<Self, Error> {
+        let (grpc, grpc_at) = bind(config.listen).await?;
+        let (admin, admin_at) = bind(config.admin).await?;
+        let advertised = |advertise: &Option<String>, at: SocketAddr| {
+            advertise.clone().unwrap_or_else(|| format!("http://{at}"))
+        };
+        let addresses = Addresses {
+            grpc: advertised(&config.advertise, grpc_at),
+            admin: advertised(&config.advertise_admin, admin_at),
+        };
+        Ok(Listeners { grpc, admin, addresses })
+    }
+
+    fn announce(&self) {
+        let Addresses { grpc, admin } = &self.addresses;
+        let line = serde_json::json!({ "listening": { "grpc": grpc, "admin": admin } });
+        // Whoever started us may not listen.
+        let _ = writeln!(std::io::stdout(), "{line}");
+    }
+}
+
+async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Error> {
+    let listen = |cause| Error::Listen { address, cause };
+    let listener = TcpListener::bind(address).await.map_err(listen)?;
+    let at = listener.local_addr().map_err(listen)?;
+    Ok((listener, at))
+}
+
+async fn serve(
+    listener: TcpListener,
+    shared: Arc<Shared>,
+    stop: impl Future<Output = ()>,
+) -> Result<(), tonic::transport::Error> {
+    const MOST: usize = proto::MAX_MESSAGE_BYTES;
+    let decode = DecodeServer::new(DecodeService(shared.clone())).max_decoding_message_size(MOST);
+    let prefill = PrefillServer::new(PrefillService(shared.clone())).max_decoding_message_size(MOST);
+    let handoff = HandoffServer::new(HandoffService(shared.clone())).max_decoding_message_size(MOST);
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<DecodeServer<DecodeService>>().await;
+    health.set_serving::<PrefillServer<PrefillService>>().await;
+    health.set_serving::<HandoffServer<HandoffService>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+        .build_v1()
+        .expect("the descriptors are compiled in");
+    // Every role serves all three: what a role does not do it refuses by name.
+    handoff::transport::server()
+        .add_service(health_service)
+        .add_service(reflection)
+        .add_service(decode)
+        .add_service(prefill)
+        .add_service(handoff)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop)
+        .await
+}
+
+/// A listener's task, and how to end it.
+struct Server<E> {
+    task: JoinHandle<Result<(), E>>,
+    stop: oneshot::Sender<()>,
+}
+
+impl<E: std::fmt::Display + Send + 'static> Server<E> {
+    fn spawn<F>(serve: impl FnOnce(Stopped) -> F) -> Self
+    where
+        F: Future<Output = Result<(), E>> + Send + 'static,
+    {
+        let (stop, stopped) = oneshot::channel();
+        Server { task: tokio::spawn(serve(Box::pin(async { stopped.await.unwrap_or_default() }))), stop }
+    }
+
+    /// Resolves with the cause when the listener ends by itself.
+    async fn ended(&mut self) -> String {
+        match (&mut self.task).await {
+            Ok(Ok(())) => "the listener closed".to_owned(),
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => panic.to_string(),
+        }
+    }
+
+    /// Waits a bounded time for connections to close.
+    async fn stop(self) {
+        drop(self.stop);
+        let abort = self.task.abort_handle();
+        match tokio::time::timeout(CLOSE, self.task).await {
+            Ok(Ok(Err(error))) => tracing::warn!(%error, "a listener ended badly"),
+            Ok(_) => {}
+            Err(_) => abort.abort(),
+        }
+    }
+}
+
+type Stopped = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// A worker with its model loaded.
+struct Worker {
+    shared: Arc<Shared>,
+    model: String,
+    addresses: Addresses,
+    server: Server<tonic::transport::Error>,
+    ready: watch::Sender<Readiness>,
+}
+
+impl Worker {
+    async fn live(
+        mut self,
+        membership: &dyn Membership,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<(), Error> {
+        let shared = self.shared.clone();
+        let registration = membership.join(member::record(&shared, &self.addresses, &self.model));
+        self.ready.send_replace(Readiness::not("joining the cluster"));
+        let joined = async {
+            registration.joined().await;
+            tracing::info!(id = shared.id, model = self.model, "joined the cluster");
+            self.ready.send_replace(Readiness::ready());
+            std::future::pending::<()>().await;
+        };
+        let outcome = tokio::select! {
+            () = shutdown => Ok(()),
+            cause = shared.engine.stopped() => Err(Error::Engine(cause)),
+            cause = self.server.ended() => Err(Error::Serve(cause)),
+            () = joined => Ok(()),
+            () = member::tell_load(&registration, &shared) => Ok(()),
+        };
+        self.ready.send_replace(Readiness::not("leaving the cluster"));
+        registration.update(|member| member.draining = true);
+        shared.drain(Duration::from_millis(shared.config.drain_ms)).await;
+        registration.leave().await;
+        self.server.stop().await;
+        outcome
+    }
+}

@@ -1,0 +1,363 @@
+//! Prefill and decode as two workers with the demo model: the answers of one worker, and nothing left behind.
+
+mod fixture;
+
+use fixture::*;
+use proto::{
+    DeliverMessage, DeliverReply, ErrorCode, FinishReason, Member, Sequence, Token,
+    decode_event::Event as Decode, deliver_message::Message, handoff_server, prefill_event::Event as Prefill,
+};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio_stream::{StreamExt, wrappers::TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming};
+use worker::Role;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn golden_answers_come_out_word_for_word_however_they_are_served() {
+    let cluster = Cluster::start().await;
+    let [prefill, decode, both] = cluster.workers([Role::Prefill, Role::Decode, Role::Both]).await;
+    for (index, (prompt, expected)) in golden().into_iter().step_by(12).enumerate() {
+        let sequence = sequence(&prompt, 100);
+        let answer = split(&prefill.member, &decode.member, &sequence).await;
+        assert_eq!(answer.ids(), expected, "question {index}");
+        let stop = proto::DecodeFinished { reason: FinishReason::Stop as i32, stop_token: Some(1) };
+        assert_eq!(answer.finished, stop);
+        let (tokens, finished) = whole(&both.member, &sequence).await;
+        assert_eq!((tokens, finished), (answer.tokens, answer.finished), "logprobs included");
+    }
+    for worker in [prefill, decode, both] {
+        worker.assert_idle().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn chunks_overlap_and_prefixes_are_neither_computed_nor_sent_twice() {
+    let cluster = Cluster::start().await;
+    let [prefill, decode, both] = cluster.workers([Role::Prefill, Role::Decode, Role::Both]).await;
+    let sequence = sequence(&long_prompt(603), 20);
+    let (expected, _) = whole(&both.member, &sequence).await;
+    let block = 5 * 576 * 4 * 8;
+    let first = split(&prefill.member, &decode.member, &sequence).await;
+    assert_eq!(first.tokens, expected);
+    assert_eq!((first.present, first.cached_tokens), (0, 0));
+    assert_eq!((first.delivered.blocks, first.delivered.bytes), (76, block * 75 + block * 3 / 8));
+    let again = split(&prefill.member, &decode.member, &sequence).await;
+    assert_eq!(again.tokens, expected);
+    assert_eq!((again.present, again.cached_tokens), (75, 600));
+    assert_eq!((again.delivered.blocks, again.delivered.bytes), (1, block * 3 / 8));
+    let metrics = decode.get("/metrics").await;
+    let total = first.delivered.bytes + again.delivered.bytes;
+    let line = format!("baton_handoff_bytes_total{{transport=\"grpc\"}} {total}");
+    assert!(metrics.contains(&line), "{line} is missing from\n{metrics}");
+    assert!(metrics.contains(r#"baton_handoffs_total{outcome="complete"} 2"#), "{metrics}");
+    for worker in [prefill, decode, both] {
+        worker.assert_idle().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_first_token_that_ends_the_sequence_ends_both_sides() {
+    let cluster = Cluster::start().await;
+    let [prefill, decode] = cluster.workers([Role::Prefill, Role::Decode]).await;
+    let (prompt, expected) = golden().swap_remove(0);
+    let answer = split(&prefill.member, &decode.member, &sequence(&prompt, 1)).await;
+    assert_eq!(answer.ids(), expected[..1]);
+    assert_eq!(answer.finished.reason, FinishReason::Length as i32);
+    assert_eq!(answer.delivered.finished, Some(FinishReason::Length as i32));
+    prefill.assert_idle().await;
+    decode.assert_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_prefill_is_fenced_and_another_goes_on_from_what_was_accepted() {
+    let cluster = Cluster::start().await;
+    let [lost, other, decode] = cluster.workers([Role::Prefill, Role::Prefill, Role::Decode]).await;
+    let sequence = sequence(&long_prompt(900), 10);
+    let expected = split(&other.member, &decode.member, &sequence).await.tokens;
+    // Another first token, so that decode's prefix cache has nothing.
+    let fresh = {
+        let mut fresh = sequence.clone();
+        fresh.tokens[0] = 3;
+        fresh
+    };
+    let mut decoding = generate(&decode.member, &fresh, false).await;
+    let reserved = decoding.reserved().await;
+    assert_eq!((reserved.blocks_present, reserved.blocks_needed), (0, 113));
+    let mut first = fixture::prefill(&lost.member, prefill_request(&fresh, &decode.member, &reserved)).await;
+    assert!(matches!(first.next().await, Prefill::Started(_)));
+    while lost.pool().await["step"].as_u64() < Some(3) {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let advanced = decoding.advance(reserved.reservation, reserved.epoch).await;
+    assert_eq!(advanced.epoch, reserved.epoch + 1);
+    assert!(!advanced.accepted.is_empty(), "delivery overlaps computing");
+    let error = first.end().await.expect_err("fenced");
+    assert_eq!(error.code(), ErrorCode::StaleEpoch, "{error}");
+    let request = proto::PrefillRequest {
+        epoch: advanced.epoch,
+        blocks_accepted: advanced.accepted.clone(),
+        ..prefill_request(&fresh, &decode.member, &reserved)
+    };
+    let mut second = fixture::prefill(&other.member, request).await;
+    let (prefilled, (rest, _)) = tokio::join!(second.end(), decoding.rest());
+    let prefilled = prefilled.unwrap();
+    assert_eq!(prefilled.delivered.blocks as usize, 113 - advanced.accepted.len());
+    let answer: Vec<_> = prefilled.first.into_iter().chain(rest).collect();
+    assert_eq!(answer.len(), expected.len());
+    // The same request undisturbed.
+    let again = split(&lost.member, &decode.member, &fresh).await;
+    assert_eq!(again.tokens, answer);
+    for worker in [lost, other, decode] {
+        worker.assert_idle().await;
+    }
+}
+
+/// Stands between prefill and decode and damages one byte of the first two offers.
+#[derive(Clone)]
+struct Damage(Member);
+
+#[tonic::async_trait]
+impl handoff_server::Handoff for Damage {
+    type DeliverStream = Streaming<DeliverReply>;
+
+    async fn deliver(
+        &self,
+        request: Request<Streaming<DeliverMessage>>,
+    ) -> Result<Response<Self::DeliverStream>, Status> {
+        let mut offers = 0;
+        let messages = request.into_inner().filter_map(move |message| {
+            let mut message = message.ok()?;
+            if let Some(Message::Offer(offer)) = &mut message.message {
+                offers += 1;
+                if offers <= 2 {
+                    let mut bytes = offer.payload.to_vec();
+                    bytes[offers * 100] ^= 1;
+                    offer.payload = bytes.into();
+                }
+            }
+            Some(message)
+        });
+        handoff_client(&self.0).await.deliver(messages).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_bytes_are_refused_and_sent_again() {
+    let cluster = Cluster::start().await;
+    let [prefill, decode] = cluster.workers([Role::Prefill, Role::Decode]).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let between =
+        Member { address: format!("http://{}", listener.local_addr().unwrap()), ..decode.member.clone() };
+    let damage = handoff_server::HandoffServer::new(Damage(decode.member.clone()))
+        .max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
+    let server = handoff::transport::server().add_service(damage);
+    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    let (prompt, expected) = golden().swap_remove(40);
+    let sequence = sequence(&prompt, 100);
+    let mut decoding = generate(&decode.member, &sequence, false).await;
+    let reserved = decoding.reserved().await;
+    let request = prefill_request(&sequence, &between, &reserved);
+    let mut prefilling = fixture::prefill(&prefill.member, request).await;
+    let (prefilled, (rest, _)) = tokio::join!(prefilling.end(), decoding.rest());
+    let prefilled = prefilled.unwrap();
+    let payload = 5 * 576 * 4 * prompt.len() as u64;
+    assert!(prefilled.delivered.bytes > payload, "something was sent again");
+    let ids: Vec<_> = prefilled.first.iter().chain(&rest).map(|token| token.id).collect();
+    assert_eq!(ids, expected);
+    let line = format!("baton_handoff_bytes_total{{transport=\"grpc\"}} {payload}");
+    assert!(decode.get("/metrics").await.contains(&line), "what was accepted is counted once");
+    prefill.assert_idle().await;
+    decode.assert_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn leaving_in_any_phase_leaves_nothing_behind() {
+    let cluster = Cluster::start().await;
+    let [prefill, decode] = cluster.workers([Role::Prefill, Role::Decode]).await;
+    for phase in 0..6 {
+        let mut tokens = long_prompt(700);
+        tokens[0] = 10 + phase;
+        let sequence = sequence(&tokens, 200);
+        let mut decoding = generate(&decode.member, &sequence, false).await;
+        if phase == 0 {
+            continue;
+        }
+        let reserved = decoding.reserved().await;
+        assert_eq!(decode.pool().await["reserved"], 1);
+        if phase == 1 {
+            drop(decoding);
+            decode.assert_idle().await;
+            continue;
+        }
+        let request = prefill_request(&sequence, &decode.member, &reserved);
+        let mut prefilling = fixture::prefill(&prefill.member, request).await;
+        assert!(matches!(prefilling.next().await, Prefill::Started(_)));
+        match phase {
+            // The router leaves while prompts compute and blocks travel.
+            2 => tokio::time::sleep(Duration::from_millis(30)).await,
+            // Only decode's side is dropped: prefill hears it from decode.
+            3 => {
+                drop(decoding);
+                let error = prefilling.end().await.expect_err("nobody takes the blocks");
+                assert!(
+                    matches!(error.code(), ErrorCode::Cancelled | ErrorCode::UnknownReservation),
+                    "{error}"
+                );
+            }
+            4 => assert!(matches!(prefilling.next().await, Prefill::FirstToken(_))),
+            _ => while !matches!(decoding.next().await, Decode::Token(_)) {},
+        }
+    }
+    prefill.assert_idle().await;
+    decode.assert_idle().await;
+}
+
+/// As a router does it: tries again where there was no room, goes on elsewhere after a preemption.
+async fn persist(prefill_on: &Member, decode_on: &Member, mut sequence: Sequence) -> (Vec<Token>, u32) {
+    let (mut answer, mut preemptions): (Vec<Token>, u32) = (Vec::new(), 0);
+    loop {
+        let mut decoding = generate(decode_on, &sequence, false).await;
+        let reserved = match decoding.next().await {
+            Decode::Reserved(reserved) => reserved,
+            Decode::Error(error) if error.code() == ErrorCode::NoCapacity => {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                continue;
+            }
+            other => panic!("{other:?}"),
+        };
+        let request = prefill_request(&sequence, decode_on, &reserved);
+        let prefilled = fixture::prefill(prefill_on, request).await.end().await.unwrap();
+        answer.extend(prefilled.first);
+        loop {
+            match decoding.next().await {
+                Decode::Decoding(_) => {}
+                Decode::Token(token) => answer.push(token),
+                Decode::Finished(_) => return (answer, preemptions),
+                Decode::Preempted(_) => break,
+                other => panic!("{other:?}"),
+            }
+        }
+        preemptions += 1;
+        sequence.tokens.truncate(sequence.prompt_len as usize);
+        sequence.tokens.extend(answer.iter().map(|token| token.id));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn preempted_sequences_go_on_bit_for_bit() {
+    let cluster = Cluster::start().await;
+    let [prefill, both] = cluster.workers([Role::Prefill, Role::Both]).await;
+    let config =
+        worker::Config { kv_blocks: Some(44), max_reserved_share: 1.0, ..cluster.config(Role::Decode) };
+    let decode = cluster.launch(config).await;
+    let seeded = |seed: u64| {
+        let mut sequence = sequence(&golden()[seed as usize].0, 70);
+        let sampling = sequence.sampling.as_mut().unwrap();
+        (sampling.temperature, sampling.seed, sampling.frequency_penalty) = (1.0, seed, 0.3);
+        sequence.stop.as_mut().unwrap().ignore_eos = true;
+        sequence
+    };
+    let answers = (0..8).map(|seed| persist(&prefill.member, &decode.member, seeded(seed)));
+    let answers = futures::future::join_all(answers).await;
+    for (seed, (answer, _)) in (0..).zip(&answers) {
+        assert_eq!(*answer, whole(&both.member, &seeded(seed)).await.0, "seed {seed}");
+    }
+    assert!(answers.iter().any(|(_, preemptions)| *preemptions > 0), "the pool was too large for this test");
+    for worker in [prefill, decode, both] {
+        worker.assert_idle().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_is_refused_before_any_work() {
+    let cluster = Cluster::start().await;
+    let [prefill, decode] = cluster.workers([Role::Prefill, Role::Decode]).await;
+    let good = sequence(&[0, 3, 357], 5);
+    let reserved = proto::Reserved { reservation: 1, epoch: 1, ..Default::default() };
+    let request = || prefill_request(&good, &decode.member, &reserved);
+    let unknown = || proto::PrefillRequest { reservation: 99, ..request() };
+    for (on, request, code, part) in [
+        (
+            &prefill,
+            proto::PrefillRequest { decode_weights: 1, ..request() },
+            ErrorCode::Mismatch,
+            "weights of the decode",
+        ),
+        (
+            &prefill,
+            proto::PrefillRequest { decode_layout: 1, ..request() },
+            ErrorCode::Mismatch,
+            "KV layout of the decode",
+        ),
+        (
+            &prefill,
+            proto::PrefillRequest { blocks_present: 9, ..request() },
+            ErrorCode::InvalidRequest,
+            "blocks_present",
+        ),
+        (
+            &prefill,
+            proto::PrefillRequest { sequence: None, ..request() },
+            ErrorCode::InvalidRequest,
+            "`sequence`",
+        ),
+        (&prefill, unknown(), ErrorCode::UnknownReservation, "no reservation 99"),
+        (&decode, request(), ErrorCode::InvalidRequest, "role decode"),
+    ] {
+        let error = fixture::prefill(&on.member, request).await.end().await.expect_err("must be refused");
+        assert_eq!(error.code(), code, "{error}");
+        assert!(error.message.contains(part), "{error}");
+    }
+    let mut bad = good.clone();
+    bad.tokens[1] = 1 << 20;
+    for (on, sequence, here, code, part) in [
+        (&decode, &bad, false, ErrorCode::InvalidRequest, "sequence.tokens"),
+        (&decode, &good, true, ErrorCode::InvalidRequest, "no whole sequences"),
+        (&prefill, &good, false, ErrorCode::InvalidRequest, "decodes nothing"),
+        (&decode, &sequence(&vec![5; 5000], 5), false, ErrorCode::ContextLength, "2048"),
+    ] {
+        let Decode::Error(error) = generate(&on.member, sequence, here).await.next().await else {
+            panic!("must be refused: {part}")
+        };
+        assert_eq!(error.code(), code, "{error}");
+        assert!(error.message.contains(part), "{error}");
+    }
+    prefill.assert_idle().await;
+    decode.assert_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn draining_finishes_what_runs_and_takes_nothing_new() {
+    let cluster = Cluster::start().await;
+    let mut both = cluster.worker(Role::Both).await;
+    let (prompt, expected) = golden().swap_remove(7);
+    let mut running = generate(&both.member, &sequence(&prompt, 100), true).await;
+    assert!(matches!(running.next().await, Decode::LocalPrefill(_)));
+    let mut late = generate(&both.member, &sequence(&prompt, 2), true).await;
+    late.rest().await;
+    both.tell_to_stop();
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let refused = generate_if_listening(&both.member, &prompt).await;
+    let (tokens, _) = running.rest().await;
+    assert_eq!(tokens.iter().map(|token| token.id).collect::<Vec<_>>(), expected);
+    both.ended().await.unwrap();
+    assert!(matches!(refused, None | Some(ErrorCode::Draining)), "{refused:?}");
+}
+
+/// The code of the refusal, if the worker still answers.
+async fn generate_if_listening(member: &Member, prompt: &[u32]) -> Option<ErrorCode> {
+    tokio::net::TcpStream::connect(member.address.trim_start_matches("http://")).await.ok()?;
+    match generate(member, &sequence(prompt, 1), true).await.next().await {
+        Decode::Error(error) => Some(error.code()),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_backend_that_this_build_has_not_is_named() {
+    let cluster = Cluster::start().await;
+    let config = worker::Config { backend: "cuda".into(), ..cluster.config(Role::Both) };
+    let error = worker::run(config, std::future::pending()).await.expect_err("no such backend");
+    assert!(error.to_string().contains("no backend `cuda`"), "{error}");
+}

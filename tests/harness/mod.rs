@@ -1,0 +1,37 @@
+//! A cluster of real processes for a test to ask, watch and break.
+
+mod binary;
+mod cluster;
+#[path = "../../crates/membership/tests/etcd_cluster/mod.rs"]
+pub mod etcd_cluster;
+pub mod golden;
+#[path = "../../services/baton/src/http.rs"]
+mod http;
+mod pool;
+mod request;
+
+pub use binary::{baton, root};
+pub use cluster::{Cluster, Worker};
+pub use pool::Pool;
+pub use request::{Answer, Ask};
+
+/// Whether the long version of a scenario is asked for: `make proof-…` sets it.
+pub fn is_proof(name: &str) -> bool {
+    std::env::var("BATON_PROOF").is_ok_and(|asked| asked == name)
+}
+
+/// Runs a scenario on a runtime of its own.
+pub fn block_on<T>(scenario: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(scenario)
+}
+
+/// One cluster at a time: two would measure and disturb each other on a small machine.
+pub fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
