@@ -46,9 +46,17 @@ pub struct Full {
 
 struct Entry<T> {
     place: Place,
-    /// What its offer has cost the tenant; `None` while it waits.
-    offered: Option<u64>,
+    /// What its offer has cost; `None` while it waits.
+    offered: Option<Charge>,
     item: T,
+}
+
+/// To be returned if the placement is refused.
+#[derive(Clone, Copy, Default)]
+struct Charge {
+    tenant: u64,
+    /// By how much virtual time grew.
+    virtual_time: u64,
 }
 
 pub struct Queue<T> {
@@ -103,9 +111,10 @@ impl<T> Queue<T> {
         let competing = self.tenants().max(1);
         let entry = self.entries.get_mut(&id)?;
         let cost = if entry.place.resumed { 0 } else { cost.max(1) };
-        entry.offered = Some(cost);
+        let share = cost / competing as u64;
+        entry.offered = Some(Charge { tenant: cost, virtual_time: share });
         *self.accounts.entry(entry.place.tenant.clone()).or_default() += cost;
-        self.virtual_time += cost / competing as u64;
+        self.virtual_time += share;
         Some(&mut entry.item)
     }
 
@@ -113,9 +122,10 @@ impl<T> Queue<T> {
     pub fn put_back(&mut self, id: Id, item: T) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.item = item;
-        let cost = entry.offered.take().unwrap_or(0);
+        let charge = entry.offered.take().unwrap_or_default();
+        self.virtual_time = self.virtual_time.saturating_sub(charge.virtual_time);
         if let Some(account) = self.accounts.get_mut(&entry.place.tenant) {
-            *account = account.saturating_sub(cost);
+            *account = account.saturating_sub(charge.tenant);
         }
     }
 

@@ -65,6 +65,20 @@ fn a_refused_placement_keeps_its_place_and_its_tenant_pays_nothing() {
 }
 
 #[test]
+fn refused_placements_do_not_set_newcomers_back() {
+    let (mut queue, now) = (queue(8), Instant::now());
+    let first = queue.push(place("a", 0, now), 0).unwrap();
+    queue.push(place("a", 0, now), 1).unwrap();
+    for _ in 0..100 {
+        queue.offer(first, 1000);
+        queue.put_back(first, 0);
+    }
+    queue.push(place("b", 0, now + Duration::from_millis(1)), 2).unwrap();
+    assert_eq!(serve(&mut queue, now), Some(0));
+    assert_eq!(serve(&mut queue, now), Some(2), "b pays for what a was refused");
+}
+
+#[test]
 fn a_flood_of_one_tenant_does_not_hold_up_another() {
     let (mut queue, start) = (queue(200), Instant::now());
     for item in 0..100 {
