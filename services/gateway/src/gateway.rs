@@ -21,7 +21,7 @@ pub struct Gateway {
     /// Places for requests.
     pub places: Arc<Semaphore>,
     /// Places for parsing and tokenising large bodies.
-    pub tokenizers: Semaphore,
+    pub tokenizers: Arc<Semaphore>,
     /// Turns true when running answers must end.
     pub closing: watch::Receiver<bool>,
     /// Seconds since the epoch.
@@ -46,7 +46,7 @@ impl Gateway {
             upstream,
             metrics,
             places: Arc::new(Semaphore::new(config.limits.concurrent_requests.min(Semaphore::MAX_PERMITS))),
-            tokenizers: Semaphore::new(tokenizers(&config)),
+            tokenizers: Arc::new(Semaphore::new(tokenizers(&config))),
             closing,
             started: since.as_secs(),
             ready: watch::Sender::new(Readiness::not("the router has not been asked yet")),

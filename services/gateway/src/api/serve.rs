@@ -20,6 +20,7 @@ use openai::{Code, Error, Parameters};
 use proto::{GenerateRequest, Started};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::Instrument;
 use uuid::Uuid;
@@ -106,12 +107,8 @@ impl Service {
         if body.len() <= LARGE {
             return plan(&self.gateway, &body);
         }
-        let _place = self.gateway.tokenizers.acquire().await;
         let gateway = self.gateway.clone();
-        let planned = tokio::task::spawn_blocking(move || plan(&gateway, &body)).await;
-        planned.unwrap_or_else(|error| {
-            Err(Error::new(Code::Internal, format!("reading the request failed: {error}")))
-        })
+        aside(self.gateway.tokenizers.clone(), move || plan(&gateway, &body)).await
     }
 
     fn setting(&self, heading: &Heading) -> Setting {
@@ -187,6 +184,22 @@ impl Service {
     }
 }
 
+/// Runs on a thread of its own. The place is the work's and not the asker's: a client that leaves does not
+/// end the work, and may not make room for more of it.
+async fn aside<T: Send + 'static>(
+    places: Arc<Semaphore>,
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let place = places.acquire_owned().await;
+    let done = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        work()
+    });
+    done.await.unwrap_or_else(|error| {
+        Err(Error::new(Code::Internal, format!("reading the request failed: {error}")))
+    })
+}
+
 fn plan<S: Shape>(gateway: &Gateway, body: &[u8]) -> Result<Planned<S>, Error> {
     let limits = &gateway.config.limits;
     let request = S::read(body, &openai::Limits { choices: limits.choices, prompts: limits.prompts })?;
@@ -234,4 +247,28 @@ fn mark(response: &mut Response, started: Option<&Started>) {
         }
     }
     headers.insert(ATTEMPT, started.attempt.into());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    #[tokio::test]
+    async fn work_keeps_its_place_when_its_client_leaves() {
+        let places = Arc::new(Semaphore::new(1));
+        let (finish, finished) = mpsc::channel::<()>();
+        let (begun, has_begun) = tokio::sync::oneshot::channel();
+        let asker = tokio::spawn(aside(places.clone(), move || {
+            let _ = begun.send(());
+            let _ = finished.recv();
+            Ok(())
+        }));
+        has_begun.await.unwrap();
+        asker.abort();
+        assert!(asker.await.is_err_and(|error| error.is_cancelled()));
+        assert_eq!(places.available_permits(), 0, "the work goes on");
+        finish.send(()).unwrap();
+        drop(places.acquire().await.unwrap());
+    }
 }
