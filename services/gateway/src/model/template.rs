@@ -45,11 +45,15 @@ impl Template {
     pub fn render(&self, conversation: &Conversation<'_>) -> Result<String, String> {
         let mut context = conversation.kwargs.clone();
         context.extend(self.variables.iter().map(|(name, value)| (name.clone(), value.clone())));
-        context.insert("messages".into(), self.messages(conversation.messages)?);
+        let mut messages = self.messages(conversation.messages)?;
+        if conversation.continue_final_message {
+            mark_final(&mut messages)?;
+        }
+        context.insert("messages".into(), messages);
         context.insert("add_generation_prompt".into(), conversation.add_generation_prompt.into());
         let template = self.environment.get_template(NAME).map_err(|error| error.to_string())?;
         let text = template.render(Value::from(Serde(&context))).map_err(complaint)?;
-        if conversation.continue_final_message { unfinished(text, conversation.messages) } else { Ok(text) }
+        if conversation.continue_final_message { unfinished(text) } else { Ok(text) }
     }
 
     fn messages(&self, messages: &[Message]) -> Result<serde_json::Value, String> {
@@ -67,15 +71,27 @@ fn syntax() -> Result<SyntaxConfig, String> {
     SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|error| error.to_string())
 }
 
+/// Stands at the end of a final message that is to be continued. Its space shows whether the template trims.
+const MARK: &str = "\u{e000}baton-continues-here\u{e000} ";
+
+const NOT_CONTINUED: &str =
+    "continue_final_message: the final message is empty, or the chat template does not render it as it is";
+
+fn mark_final(messages: &mut serde_json::Value) -> Result<(), String> {
+    match messages.as_array_mut().and_then(|list| list.last_mut()).and_then(|last| last.get_mut("content")) {
+        Some(serde_json::Value::String(content)) if !content.trim().is_empty() => {
+            content.push_str(MARK);
+            Ok(())
+        }
+        _ => Err(NOT_CONTINUED.into()),
+    }
+}
+
 /// Cuts the prompt after the final message's text, so that the answer goes on from there.
-fn unfinished(mut text: String, messages: &[Message]) -> Result<String, String> {
-    let content = messages.last().map_or("", |message| message.content.as_str());
-    let trimmed = content.trim();
-    let at = text.rfind(trimmed).filter(|_| !trimmed.is_empty());
-    let at = at.ok_or("continue_final_message: the final message is empty, or the chat template does not render it as it is")?;
-    let tail = content.trim_start();
-    let kept = if text[at..].starts_with(tail) { tail.len() } else { trimmed.len() };
-    text.truncate(at + kept);
+fn unfinished(mut text: String) -> Result<String, String> {
+    let at = text.rfind(MARK.trim_end()).ok_or(NOT_CONTINUED)?;
+    let kept = if text[at..].starts_with(MARK) { at } else { text[..at].trim_end().len() };
+    text.truncate(kept);
     Ok(text)
 }
 
@@ -191,6 +207,8 @@ mod tests {
         };
         assert_eq!(conversation(&template(V31)).unwrap(), "<s><U>Hi<A>Well,");
         assert_eq!(conversation(&template("{{ messages[1].content }}</s>")).unwrap(), "Well, ");
+        let ending = "{{ messages[1].content }}<end, Well, >";
+        assert_eq!(conversation(&template(ending)).unwrap(), "Well, ", "found in what follows it too");
         assert!(conversation(&template("{{ bos_token }}")).is_err());
     }
 }
