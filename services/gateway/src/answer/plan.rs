@@ -184,6 +184,12 @@ impl Planner<'_> {
         if max_tokens > room {
             return Err(self.too_much(len, max_tokens));
         }
+        let min_tokens = self.parameters.ending.min_tokens;
+        if min_tokens > max_tokens {
+            let problem =
+                format!("found {min_tokens}, but there is room for at most {max_tokens} tokens of output");
+            return Err(Error::value("min_tokens", problem));
+        }
         Ok(PlannedPrompt { tokens, echo, max_tokens: max_tokens.max(1) })
     }
 
@@ -351,6 +357,8 @@ mod tests {
             Ok(7)
         );
         assert_eq!(limit(bounds(), json!({"max_tokens": 2045})), Ok(2045));
+        let error = limit(bounds(), json!({"min_tokens": 2046})).unwrap_err();
+        assert_eq!((error.code, error.param.as_deref()), (Code::InvalidValue, Some("min_tokens")));
         let error = limit(bounds(), json!({"max_tokens": u32::MAX})).unwrap_err();
         assert!(error.message.contains("4294967298 tokens (3 in prompt"), "{}", error.message);
         assert!(
