@@ -4,6 +4,7 @@
 mod backend;
 pub mod batch;
 pub mod cpu;
+pub mod cuda;
 mod error;
 mod math;
 mod shape;
