@@ -3,6 +3,7 @@
 
 mod backend;
 pub mod batch;
+mod check;
 pub mod cpu;
 pub mod cuda;
 mod error;

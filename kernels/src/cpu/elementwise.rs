@@ -1,7 +1,7 @@
 //! Norm, rotation, SiLU: what happens row by row between the products.
 
 use super::lanes::{LANES, Lanes, by_level, halve};
-use crate::math::{silu, sin_cos};
+use crate::math::{silu};
 
 by_level! {
     /// `out = weight ⊙ x · rsqrt(mean(x²) + eps)`; squares are summed in lane `i mod 16`, lanes by halving.
@@ -70,14 +70,6 @@ unsafe fn add_scaled_kernel<L: Lanes, const A: usize, const B: usize>(
     for (out, value) in out.iter_mut().zip(values) {
         *out = value.mul_add(weight, *out);
     }
-}
-
-/// (cos, sin) of every pair at `position`, times `amplitude`; computed in f64.
-pub fn angles(position: u32, frequencies: &[f64], amplitude: f64, out: &mut Vec<(f32, f32)>) {
-    out.extend(frequencies.iter().map(|frequency| {
-        let (sin, cos) = sin_cos(f64::from(position) * frequency);
-        ((cos * amplitude) as f32, (sin * amplitude) as f32)
-    }));
 }
 
 /// Rotates adjacent pairs.
