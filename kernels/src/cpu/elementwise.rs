@@ -83,6 +83,7 @@ pub fn rotate(values: &mut [f32], angles: &[(f32, f32)]) {
 mod tests {
     use super::super::lanes::Level;
     use super::*;
+    use crate::math::angles;
 
     #[test]
     fn adjacent_pairs_turn_by_their_own_angle() {
