@@ -76,11 +76,11 @@ impl Paged {
             .flat_map(|(cos, sin)| [cos, sin])
             .collect();
         let memory = [
-            words(device, &[count, self.entries.len() as u32, 0, 0]),
-            words(device, tokens),
-            words(device, &positions),
-            words(device, &entry_of_row),
-            words(device, &tables),
+            support::upload_u32(device, &[count, self.entries.len() as u32, 0, 0]),
+            support::upload_u32(device, tokens),
+            support::upload_u32(device, &positions),
+            support::upload_u32(device, &entry_of_row),
+            support::upload_u32(device, &tables),
             support::upload_f32(device, &angles),
         ];
         let at = |index: usize| memory[index].address();
@@ -111,13 +111,6 @@ pub struct Resident {
     pub addresses: StepAddresses,
     pub extent: Extent,
     _memory: [Memory; 6],
-}
-
-fn words(device: &Device, values: &[u32]) -> Memory {
-    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-    let memory = device.alloc(bytes.len()).expect("memory");
-    device.upload(&bytes, memory.address()).expect("upload");
-    memory
 }
 
 fn shuffled(count: u32, seed: u64) -> Vec<u32> {
