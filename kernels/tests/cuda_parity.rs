@@ -8,9 +8,13 @@ mod support;
 mod attention;
 #[path = "cuda/elementwise.rs"]
 mod elementwise;
+#[path = "cuda/gate.rs"]
+mod gate;
 #[path = "cuda/linear.rs"]
 mod linear;
 #[path = "cuda/moe.rs"]
 mod moe;
 #[path = "cuda/paged.rs"]
 mod paged;
+#[path = "cuda/sample.rs"]
+mod sample;

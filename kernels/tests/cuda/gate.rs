@@ -1,9 +1,6 @@
 //! The router's choice: the same experts and the same bits of weights as on the CPU.
 
-use super::{
-    paged::Paged,
-    support::{self},
-};
+use super::{paged::Paged, support};
 use kernels::{GateRule, GroupScore, Scoring, cpu::route, cuda::gate};
 
 /// Rows that launches cover beyond those of the step.
@@ -75,8 +72,8 @@ fn choices_and_weights_are_those_of_the_cpu() {
             .expect("launched");
             let valid = (ROWS * rule.top_k) as usize;
             let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
-            let (chosen, weights) =
-                (bits(&support::download_f32(&device, &chosen)), bits(&support::download_f32(&device, &weights)));
+            let chosen = support::download_u32(&device, &chosen);
+            let weights = support::download_u32(&device, &weights);
             assert_eq!(chosen[..valid], expected.experts, "{experts} experts, {rule:?}");
             assert_eq!(weights[..valid], bits(&expected.weights), "{experts} experts, {rule:?}");
             assert!(chosen[valid..].iter().chain(&weights[valid..]).all(|word| *word == u32::MAX));
