@@ -1,7 +1,7 @@
 //! Norm, rotation, SiLU: what happens row by row between the products.
 
 use super::lanes::{LANES, Lanes, by_level, halve};
-use crate::math::{silu};
+use crate::math::silu;
 
 by_level! {
     /// `out = weight ⊙ x · rsqrt(mean(x²) + eps)`; squares are summed in lane `i mod 16`, lanes by halving.

@@ -1,10 +1,9 @@
 //! A step on the CPU: the engine's request checked against the model's limits, and sampler state per slot.
 
-use super::{
-    sample::{Count, History, Row},
-};
+use super::sample::{Count, History, Row};
 use crate::{
-    check::check, math::angles, Entry, EntryOutput, Error, Input, PromptLogprobs, SampledToken, Sampling, Shape, SlotInit, StepInput,
+    Entry, EntryOutput, Error, Input, PromptLogprobs, SampledToken, Sampling, Shape, SlotInit, StepInput,
+    check::check, math::angles,
 };
 use std::{ops::Range, sync::Arc};
 

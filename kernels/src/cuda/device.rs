@@ -86,6 +86,11 @@ impl Device {
         Ok(Device { context, stream, functions, multiprocessors })
     }
 
+    /// Makes this thread one that may talk to the device.
+    pub fn bind(&self) -> Result<(), Error> {
+        self.context.bind_to_thread().map_err(device)
+    }
+
     /// Enqueues a kernel; `name` is its `extern "C"` name, which is unique among all families.
     pub fn launch(&self, name: &str, grid: Grid, args: Args) -> Result<(), Error> {
         let function = self.functions.get(name);

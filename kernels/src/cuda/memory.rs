@@ -2,15 +2,17 @@
 //! which results come back.
 
 use super::{
+    backend::LOGPROB_ROWS,
     device::{Address, Device, Memory, device},
+    elementwise::PoolLayer,
     graphs::Graphs,
     host::{Pinned, Staging, copy_down, event},
     sample::{self, SamplerState},
     scratch::Scratch,
-    step::StepMemory,
+    step::{Known, Step, StepMemory},
     transfer::KvPool,
 };
-use crate::{Error, Shape};
+use crate::{Error, Shape, StepInput};
 use cudarc::driver::CudaEvent;
 use kv::KvDtype;
 
@@ -44,6 +46,9 @@ pub struct Prepared {
     /// `[max_sequences]`, then `[max_step_tokens]` for prompt logprobs.
     pub results: Memory,
     pub ring: Ring,
+    pub known: Known,
+    /// Results of the step that was uploaded last: sampled, and of prompts.
+    expected: (usize, usize),
 }
 
 impl Prepared {
@@ -51,7 +56,7 @@ impl Prepared {
         let step = StepMemory::new(device, &shape)?;
         let results = (shape.max_sequences + shape.max_step_tokens) as usize * sample::RESULT_BYTES;
         // Row, target and count of every prompt logprob beside the step itself.
-        let staging = step.staging_bytes() + 12 * shape.max_step_tokens as usize;
+        let staging = step.staging_bytes() + 16 * shape.max_step_tokens as usize;
         Ok(Prepared {
             pool: KvPool::new(device, shape.layout(KvDtype::Bf16), shape.blocks)?,
             slots: SamplerState::new(device, shape.max_sequences, shape.vocab)?,
@@ -59,9 +64,59 @@ impl Prepared {
             ring: Ring::new(device, staging, results)?,
             scratch: Scratch::default(),
             graphs: Graphs::default(),
+            known: Known::new(shape.max_sequences),
+            expected: (0, 0),
             step,
             shape,
         })
+    }
+
+    /// Makes `step` resident.
+    pub fn upload(&mut self, device: &Device, step: &StepInput) -> Result<Step, Error> {
+        let wanted_at = self.room(device, "wanted", 16 * self.max_rows())?;
+        let ring = self.ring.take()?;
+        let staging = &mut self.ring.place(ring).staging;
+        let extent = self.step.upload(device, step, staging)?;
+        let uploaded = Step::new(step, extent, ring, wanted_at);
+        staging.send(device, &uploaded.wanted_words(LOGPROB_ROWS), wanted_at)?;
+        // The staging is free when this event has passed; `collect` moves it behind the results.
+        self.ring.place(ring).done.record(&device.stream).map_err(super::device::device)?;
+        sample::resolve(device, &self.step.addresses, &extent, &self.slots)?;
+        let sampling = step.entries.iter().filter(|entry| entry.sample).count();
+        self.expected = (sampling, uploaded.wanted.len());
+        Ok(uploaded)
+    }
+
+    /// Enqueues the way down of the results of the step that was uploaded last.
+    pub fn collect(&mut self, device: &Device) -> Result<(), Error> {
+        let (sampled, prompt) = self.expected;
+        let (from, prompts_from) = (self.results.address(), self.prompt_results());
+        let prompts_at = self.shape.max_sequences as usize * sample::RESULT_BYTES;
+        let place = self.ring.last();
+        let bytes = place.results.bytes_mut();
+        copy_down(&device.stream, from, &mut bytes[..sampled * sample::RESULT_BYTES])?;
+        copy_down(&device.stream, prompts_from, &mut bytes[prompts_at..][..prompt * sample::RESULT_BYTES])?;
+        place.done.record(&device.stream).map_err(super::device::device)
+    }
+
+    /// Scratch memory of at least `bytes`; its name says what for.
+    pub fn room(&mut self, device: &Device, name: &'static str, bytes: usize) -> Result<Address, Error> {
+        self.scratch.room(device, &mut self.graphs, name, bytes)
+    }
+
+    pub fn max_rows(&self) -> usize {
+        self.shape.max_step_tokens as usize
+    }
+
+    pub fn layer(&self, layer: usize) -> PoolLayer {
+        PoolLayer {
+            pool: self.pool.address(),
+            layers: self.shape.layers,
+            layer: layer as u32,
+            block_tokens: self.shape.block_tokens,
+            latent: self.shape.latent,
+            rope: self.shape.rope,
+        }
     }
 
     /// Results of prompt logprobs.
@@ -108,16 +163,15 @@ impl Ring {
         &mut self.places[index]
     }
 
-    /// The place of the step that was uploaded last.
-    pub fn last(&self) -> usize {
-        (self.next + RING - 1) % RING
+    /// Of the step that was uploaded last.
+    fn last(&mut self) -> &mut Place {
+        &mut self.places[(self.next + RING - 1) % RING]
     }
-}
 
-impl Place {
-    /// Enqueues the way down of all results, and the event behind it.
-    pub fn collect(&mut self, of: &Device, results: &Memory) -> Result<(), Error> {
-        copy_down(&of.stream, results.address(), self.results.bytes_mut())?;
-        self.done.record(&of.stream).map_err(device)
+    /// Waits for a step and shows its results.
+    pub fn results(&mut self, index: usize) -> Result<&[u8], Error> {
+        let place = &self.places[index];
+        place.done.synchronize().map_err(device)?;
+        Ok(place.results.bytes())
     }
 }

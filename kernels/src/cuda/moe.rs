@@ -29,7 +29,11 @@ fn most_tiles(slots: u32, experts: u32, tokens: u32) -> u32 {
 /// Bytes that [`place`] needs for at most `rows` rows, whatever the tile.
 pub fn scratch_bytes(rows: u32, top_k: u32, experts: u32) -> usize {
     let slots = (rows * top_k) as usize;
-    8 * slots + 8 * experts as usize + 8 + TILE_BYTES as usize * most_tiles(rows * top_k, experts, 8) as usize + 64
+    8 * slots
+        + 8 * experts as usize
+        + 8
+        + TILE_BYTES as usize * most_tiles(rows * top_k, experts, 8) as usize
+        + 64
 }
 
 /// Sorts the copies of rows by expert, in tiles of `tokens`. `counts[0]` rows, at most `rows`; `chosen` is `[rows][top_k]`.
@@ -57,7 +61,8 @@ pub fn place(
     let tile_count = first_of + 4 * u64::from(experts);
     let args = Args::default().ptr(counts).u32(top_k).ptr(chosen).ptr(slots_of);
     device.launch("moe_count", Grid::new([experts, 1, 1], 256), args)?;
-    let args = Args::default().ptr(slots_of).u32(experts).u32(tokens).ptr(first_of).ptr(tile_count).ptr(tiles);
+    let args =
+        Args::default().ptr(slots_of).u32(experts).u32(tokens).ptr(first_of).ptr(tile_count).ptr(tiles);
     device.launch("moe_tiles", Grid::new([1, 1, 1], 256), args)?;
     let args = Args::default().ptr(counts).u32(top_k).ptr(chosen).ptr(first_of).ptr(place).ptr(row_at);
     device.launch("moe_place", Grid::new([experts, 1, 1], 256), args)?;

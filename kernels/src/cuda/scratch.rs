@@ -27,7 +27,9 @@ impl Scratch {
             return Ok(room.address());
         }
         if self.recording {
-            return Err(Error::Device(format!("scratch {name} would grow to {bytes} bytes in a recorded step")));
+            return Err(Error::Device(format!(
+                "scratch {name} would grow to {bytes} bytes in a recorded step"
+            )));
         }
         // The old room may be in use by what is enqueued, and its address may be recorded.
         device.synchronize()?;

@@ -1,11 +1,12 @@
 //! The metadata of a step in device memory, at addresses that never change, so that a recorded step can be replayed.
 //! `kernels/cuda/step.cuh` is the same in device code.
 
+use super::sample::SampleResult;
 use super::{
     device::{Address, Device, Memory},
     host::Staging,
 };
-use crate::{Entry, Error, Input, Shape, StepInput};
+use crate::{Entry, EntryOutput, Error, Input, Shape, StepInput};
 
 /// Where kernels find a step. Counts are read on the device: a launch may be larger than the step, and what is beyond its
 /// rows, entries or samples does nothing.
@@ -52,7 +53,7 @@ pub struct Extent {
 pub const SAMPLED: u32 = u32::MAX;
 
 /// Batch sizes that decode steps are recorded for; a step runs as the least that holds it.
-pub fn bucket(rows: u32) -> u32 {
+fn bucket(rows: u32) -> u32 {
     match rows {
         0..=8 => rows.next_power_of_two(),
         _ => rows.next_multiple_of(8),
@@ -132,12 +133,17 @@ impl StepMemory {
         Ok(self.extent(counts[0], counts[1], samples, decode))
     }
 
+    /// Entries that a decode step of `entries` is launched for.
+    pub fn padded(&self, entries: u32) -> u32 {
+        bucket(entries).min(self.shape.max_sequences).min(self.shape.max_step_tokens)
+    }
+
     /// A decode step is launched as large as the record that it may be replayed from.
     fn extent(&self, rows: u32, entries: u32, samples: u32, decode: bool) -> Extent {
         if !decode {
             return Extent { rows, entries, samples, decode };
         }
-        let padded = bucket(entries).min(self.shape.max_sequences).min(self.shape.max_step_tokens);
+        let padded = self.padded(entries);
         Extent { rows: padded, entries: padded, samples: padded, decode }
     }
 }
@@ -203,4 +209,128 @@ fn angle_table(shape: &Shape) -> Vec<u8> {
         table.extend(row.iter().flat_map(|(cos, sin)| [cos.to_le_bytes(), sin.to_le_bytes()]).flatten());
     }
     table
+}
+
+/// A step on the device, until its results are collected.
+pub struct Step {
+    pub(super) extent: Extent,
+    /// Its place in the ring.
+    pub(super) ring: usize,
+    entries: Vec<Placed>,
+    pub(super) wanted: Vec<Wanted>,
+    /// u32 on the device: rows, targets and counts of `wanted`, then rows of each chunk of them.
+    pub(super) wanted_at: Address,
+}
+
+struct Placed {
+    slot: u32,
+    next_position: u32,
+    sample: bool,
+}
+
+/// A prompt logprob to take.
+pub(super) struct Wanted {
+    entry: usize,
+    row: u32,
+    position: u32,
+    target: u32,
+    top: u32,
+}
+
+impl Step {
+    pub(super) fn new(step: &StepInput, extent: Extent, ring: usize, wanted_at: Address) -> Step {
+        let placed = |entry: &Entry| Placed {
+            slot: entry.slot,
+            next_position: entry.start + entry.len() as u32,
+            sample: entry.sample,
+        };
+        Step {
+            extent,
+            ring,
+            entries: step.entries.iter().map(placed).collect(),
+            wanted: wanted(step),
+            wanted_at,
+        }
+    }
+
+    /// What [`Step::wanted_at`] holds, in chunks of `rows`.
+    pub(super) fn wanted_words(&self, rows: usize) -> Vec<u32> {
+        let column = |of: fn(&Wanted) -> u32| self.wanted.iter().map(of);
+        let mut words: Vec<u32> =
+            column(|w| w.row).chain(column(|w| w.target)).chain(column(|w| w.top)).collect();
+        words.extend(self.wanted.chunks(rows).map(|chunk| chunk.len() as u32));
+        words
+    }
+
+    /// Results in the order of the entries: `sampled` of the i-th that samples, `prompt` of the i-th wanted.
+    pub(super) fn outputs(
+        self,
+        sampled: impl Fn(usize) -> SampleResult,
+        prompt: impl Fn(usize) -> SampleResult,
+    ) -> Result<Vec<EntryOutput>, Error> {
+        let mut outputs = vec![EntryOutput::default(); self.entries.len()];
+        let sampling = self.entries.iter().zip(&mut outputs).filter(|(entry, _)| entry.sample);
+        for (index, (entry, output)) in sampling.enumerate() {
+            let (slot, position) = (entry.slot, entry.next_position);
+            let token = sampled(index).sampled().ok_or(Error::NotFinite { slot, position })?;
+            output.sampled = Some(token);
+        }
+        for (index, wanted) in self.wanted.iter().enumerate() {
+            let (slot, position) = (self.entries[wanted.entry].slot, wanted.position);
+            let found = prompt(index).sampled().and_then(|token| token.logprobs);
+            let found = found.ok_or(Error::NotFinite { slot, position })?;
+            outputs[wanted.entry].prompt_logprobs.push((position + 1, found));
+        }
+        Ok(outputs)
+    }
+}
+
+fn wanted(step: &StepInput) -> Vec<Wanted> {
+    let (mut wanted, mut first_row) = (Vec::new(), 0);
+    for (index, entry) in step.entries.iter().enumerate() {
+        if let Some(asked) = &entry.prompt_logprobs {
+            for (offset, target) in asked.targets.iter().enumerate() {
+                let (offset, top) = (offset as u32, asked.top);
+                wanted.extend(target.map(|target| Wanted {
+                    entry: index,
+                    row: first_row + offset,
+                    position: entry.start + offset,
+                    target,
+                    top,
+                }));
+            }
+        }
+        first_row += entry.len() as u32;
+    }
+    wanted
+}
+
+/// What the host knows of slots without asking the device.
+pub struct Known(Vec<Option<Sampled>>);
+
+/// Whether an initialised slot has sampled, or will have by the time the next step runs.
+type Sampled = bool;
+
+impl Known {
+    pub fn new(slots: u32) -> Known {
+        Known(vec![None; slots as usize])
+    }
+
+    /// Refuses entries of slots that lack the state they need; otherwise notes what the step will leave.
+    pub fn accept(&mut self, step: &StepInput) -> Result<(), Error> {
+        let mut after = self.0.clone();
+        step.init.iter().for_each(|init| after[init.slot as usize] = Some(false));
+        for entry in &step.entries {
+            let slot = entry.slot;
+            let Some(sampled) = &mut after[slot as usize] else {
+                return Err(Error::Step(format!("slot {slot} was never initialised")));
+            };
+            if entry.input == Input::Sampled && !*sampled {
+                return Err(Error::Step(format!("slot {slot} has sampled nothing yet")));
+            }
+            *sampled |= entry.sample;
+        }
+        self.0 = after;
+        Ok(())
+    }
 }

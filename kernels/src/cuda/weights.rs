@@ -92,7 +92,9 @@ impl Matrices {
             let first = index * self.n + row;
             match &self.scales {
                 Some(scales) => self.fill_fp8(device, part, index, row, scales)?,
-                None => send(device, &bf16_rows(part)?, self.weights.address() + (2 * first * self.k) as u64)?,
+                None => {
+                    send(device, &bf16_rows(part)?, self.weights.address() + (2 * first * self.k) as u64)?
+                }
             }
             row += part.rows;
         }
@@ -108,7 +110,10 @@ impl Matrices {
         scales: &Memory,
     ) -> Result<(), Error> {
         let Some(of) = part.scales.filter(|scales| scales.block == [BLOCK, BLOCK]) else {
-            return Err(refuse(part, "is FP8 without scales of 128 × 128 blocks; the CUDA backend has no other"));
+            return Err(refuse(
+                part,
+                "is FP8 without scales of 128 × 128 blocks; the CUDA backend has no other",
+            ));
         };
         if row % BLOCK != 0 {
             return Err(refuse(part, "follows rows that do not fill a block of 128; their scales would mix"));
