@@ -7,18 +7,26 @@
 // Threads: 4 warps. A block computes 64 rows of W (the M side: weights are what there is much of in decode) by TOKENS rows of x
 //       (the N side: 8 to 128); a warp 16 by TOKENS, with mma m16n8k32 (e4m3) or m16n8k16 (bf16). Both instructions
 //       see a k step of 32 bytes in the same arrangement, so one loop serves both.
-// Shared memory: STAGES x (64 + TOKENS) rows of 128 bytes of k, each padded to 144 so that the fragments' words fall into 32
-//       different banks.
-// Bound: weights' bytes over memory bandwidth for few rows, tensor cores for many.
+// Shared memory: a ring of stages (8 up to 32 rows, else 4), each (64 + TOKENS) rows of 128 bytes of k, padded to 144 so that the
+//       fragments' words fall into 32 different banks, and for FP8 the block's scales: TOKENS of x, one of W.
+// Bound: weights' bytes over memory bandwidth for few rows, tensor cores for many. With few rows a block has 56 KB of weights on
+//       their way, so that even a narrow matrix, of few blocks, is streamed.
 #include "numbers.cuh"
 
 #define WEIGHT_ROWS 64
 #define CHUNK 128
 #define PITCH 144
-#define STAGES 4
 
 struct Tile {
     uint32_t matrix, first, rows, unused;
+};
+
+// The launcher computes the same.
+template <int TOKENS>
+struct Ring {
+    static constexpr uint32_t stages = TOKENS <= 32 ? 8 : 4;
+    static constexpr uint32_t scales = (WEIGHT_ROWS + TOKENS) * PITCH;
+    static constexpr uint32_t stage_bytes = scales + 4 * TOKENS + 16;
 };
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -28,7 +36,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 // 16 bytes to shared memory; zeros if not `valid`.
 __device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
     int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy4(void* to, const void* from, bool valid) {
+    int bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
 
 template <bool FP8>
@@ -54,12 +67,10 @@ struct Operands {
     uint32_t first, rows;  // of y and of gather, in this tile
 };
 
-__device__ __forceinline__ uint32_t source_row(const Operands& op, uint32_t row) {
-    return op.gather ? op.gather[row] : row;
-}
-
-template <int TOKENS>
-__device__ __forceinline__ void load_chunk(const Operands& op, uint32_t n0, uint32_t chunk, uint8_t* stage) {
+// `source`: the row of x of every row of the tile.
+template <bool FP8, int TOKENS>
+__device__ __forceinline__ void load_chunk(const Operands& op, const uint32_t* source, uint32_t n0, uint32_t chunk,
+                                           uint8_t* stage) {
     uint32_t k0 = chunk * CHUNK;
     for (uint32_t i = threadIdx.x; i < WEIGHT_ROWS * 8; i += 128) {
         uint32_t row = i / 8, k = k0 + i % 8 * 16;
@@ -71,10 +82,18 @@ __device__ __forceinline__ void load_chunk(const Operands& op, uint32_t n0, uint
     for (uint32_t i = threadIdx.x; i < TOKENS * 8; i += 128) {
         uint32_t row = i / 8, k = k0 + i % 8 * 16;
         bool valid = row < op.rows && k < op.k_bytes;
-        const uint8_t* from = valid ? op.x + (uint64_t)source_row(op, op.first + row) * op.x_stride_bytes + k : op.x;
+        const uint8_t* from = valid ? op.x + (uint64_t)source[row] * op.x_stride_bytes + k : op.x;
         copy16(tokens + row * PITCH + i % 8 * 16, from, valid);
     }
-    asm volatile("cp.async.commit_group;");
+    if (FP8) {
+        float* scales = (float*)(stage + Ring<TOKENS>::scales);
+        uint32_t row = threadIdx.x;
+        bool valid = row < op.rows;
+        const float* from = valid ? op.x_scales + (uint64_t)source[row] * op.k_blocks + chunk : op.x_scales;
+        if (row < TOKENS) copy4(scales + row, from, valid);
+        if (row == 0) copy4(scales + TOKENS, op.w_scales + (uint64_t)(n0 / 128) * op.k_blocks + chunk, true);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 template <bool FP8, int TOKENS>
@@ -96,16 +115,15 @@ __device__ __forceinline__ void multiply_chunk(const uint8_t* stage, float (&sum
 }
 
 template <int TOKENS>
-__device__ __forceinline__ void promote(const Operands& op, uint32_t n0, uint32_t block, const float (&sum)[TOKENS / 8][4],
-                                        float (&total)[TOKENS / 8][4]) {
+__device__ __forceinline__ void promote(const uint8_t* stage, const float (&sum)[TOKENS / 8][4], float (&total)[TOKENS / 8][4]) {
+    const float* scales = (const float*)(stage + Ring<TOKENS>::scales);
     uint32_t lane = threadIdx.x % 32;
-    float sw = op.w_scales[(uint64_t)(n0 / 128) * op.k_blocks + block];
+    float sw = scales[TOKENS];
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-            uint32_t row = j * 8 + lane % 4 * 2 + c;
-            float scale = row < op.rows ? sw * op.x_scales[(uint64_t)source_row(op, op.first + row) * op.k_blocks + block] : 0.f;
+            float scale = sw * scales[j * 8 + lane % 4 * 2 + c];
             total[j][c] += scale * sum[j][c];
             total[j][c + 2] += scale * sum[j][c + 2];
         }
@@ -118,24 +136,27 @@ __device__ __forceinline__ void store(float* y, float x) { *y = x; }
 template <bool FP8, int TOKENS, typename Out>
 __device__ __forceinline__ void product(const Operands& op, uint32_t n0, Out* y, uint32_t y_stride) {
     extern __shared__ __align__(16) uint8_t shared[];
-    const uint32_t stage_bytes = (WEIGHT_ROWS + TOKENS) * PITCH;
+    __shared__ uint32_t source[TOKENS];
+    constexpr uint32_t stages = Ring<TOKENS>::stages, stage_bytes = Ring<TOKENS>::stage_bytes;
+    if (threadIdx.x < op.rows) source[threadIdx.x] = op.gather ? op.gather[op.first + threadIdx.x] : op.first + threadIdx.x;
+    __syncthreads();
     uint32_t chunks = (op.k_bytes + CHUNK - 1) / CHUNK;
     float total[TOKENS / 8][4] = {};
-    for (uint32_t s = 0; s < STAGES - 1; s++) {
-        if (s < chunks) load_chunk<TOKENS>(op, n0, s, shared + s * stage_bytes);
-        else asm volatile("cp.async.commit_group;");
+    for (uint32_t s = 0; s < stages - 1; s++) {
+        if (s < chunks) load_chunk<FP8, TOKENS>(op, source, n0, s, shared + s * stage_bytes);
+        else asm volatile("cp.async.commit_group;" ::: "memory");
     }
     for (uint32_t chunk = 0; chunk < chunks; chunk++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
+        asm volatile("cp.async.wait_group %0;" ::"n"(stages - 2) : "memory");
         __syncthreads();
-        uint32_t next = chunk + STAGES - 1;
-        if (next < chunks) load_chunk<TOKENS>(op, n0, next, shared + next % STAGES * stage_bytes);
-        else asm volatile("cp.async.commit_group;");
-        const uint8_t* stage = shared + chunk % STAGES * stage_bytes;
+        uint32_t next = chunk + stages - 1;
+        if (next < chunks) load_chunk<FP8, TOKENS>(op, source, n0, next, shared + next % stages * stage_bytes);
+        else asm volatile("cp.async.commit_group;" ::: "memory");
+        const uint8_t* stage = shared + chunk % stages * stage_bytes;
         if (FP8) {
             float sum[TOKENS / 8][4] = {};
             multiply_chunk<FP8, TOKENS>(stage, sum);
-            promote<TOKENS>(op, n0, chunk, sum, total);
+            promote<TOKENS>(stage, sum, total);
         } else {
             multiply_chunk<FP8, TOKENS>(stage, total);
         }
@@ -160,7 +181,7 @@ __device__ __forceinline__ void product(const Operands& op, uint32_t n0, Out* y,
     }
 }
 
-// Grid: rows of W / 64, runs of rows of x, batch. `count` is the number of rows of y (times `per`), or with `tiles` that of tiles.
+// Grid: rows of W / 64, runs of rows of x, batch. `count` is the number of rows of y, or with `tiles` that of tiles.
 // Batch: matrices, inputs and outputs lie `w_batch`, `x_batch` bytes and `y_batch` elements apart.
 template <bool FP8, int TOKENS, typename Out>
 __device__ __forceinline__ void linear(const uint8_t* w, const float* w_scales, const uint8_t* x, const float* x_scales,
@@ -221,19 +242,18 @@ extern "C" __global__ void __launch_bounds__(128)
     uint32_t group = blockIdx.y * 4 + threadIdx.x / 32, groups = (k + 127) / 128;
     if (row >= *count * per || group >= groups) return;
     const bf16* from = x + (uint64_t)row * stride + group * 128;
-    float values[4];
+    uint32_t column = group * 128 + lane * 4;
+    __align__(8) bf16 four[4] = {};
+    if (column < k) *(uint2*)four = *(const uint2*)(from + lane * 4);
     float largest = 1e-4f;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        uint32_t column = group * 128 + lane * 4 + i;
-        values[i] = column < k ? to_f32(from[lane * 4 + i]) : 0.f;
-        largest = fmaxf(largest, fabsf(values[i]));
-    }
+    for (int i = 0; i < 4; i++) largest = fmaxf(largest, fabsf(to_f32(four[i])));
     float scale = warp_max(largest) / 448.f;
     if (lane == 0) scales[(uint64_t)row * groups + group] = scale;
+    uint32_t packed = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        uint32_t column = group * 128 + lane * 4 + i;
-        if (column < k) q[(uint64_t)row * k + column] = __nv_cvt_float_to_fp8(values[i] / scale, __NV_SATFINITE, __NV_E4M3);
+        packed |= (uint32_t)__nv_cvt_float_to_fp8(to_f32(four[i]) / scale, __NV_SATFINITE, __NV_E4M3) << (8 * i);
     }
+    if (column < k) *(uint32_t*)(q + (uint64_t)row * k + column) = packed;
 }

@@ -24,29 +24,37 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// First place of every expert, and the tiles: `tile_count[0]` of them, `tile_count[1]` is the number of slots. One thread
-// walks the experts: there are a few hundred.
-extern "C" __global__ void moe_tiles(const uint32_t* slots_of, uint32_t experts, uint32_t tokens, uint32_t* first_of,
-                                     uint32_t* tile_count, Tile* tiles) {
-    __shared__ uint32_t firsts[1024], bases[1024];
-    if (threadIdx.x == 0) {
-        uint32_t place = 0, base = 0;
-        for (uint32_t expert = 0; expert < experts; expert++) {
-            firsts[expert] = place;
-            bases[expert] = base;
-            place += slots_of[expert];
-            base += (slots_of[expert] + tokens - 1) / tokens;
-        }
-        tile_count[0] = base;
-        tile_count[1] = place;
+// First place of every expert, and the tiles: `tile_count[0]` of them, `tile_count[1]` is the number of slots. A thread has up to
+// four experts one after the other; places and tiles before them are sums over the threads before, by doubling distances.
+extern "C" __global__ void __launch_bounds__(256) moe_tiles(const uint32_t* slots_of, uint32_t experts, uint32_t tokens,
+                                                            uint32_t* first_of, uint32_t* tile_count, Tile* tiles) {
+    __shared__ uint2 sums[256];
+    uint32_t count[4], begin = threadIdx.x * 4;
+    uint2 sum = {0, 0};
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        count[i] = begin + i < experts ? slots_of[begin + i] : 0;
+        sum = {sum.x + count[i], sum.y + (count[i] + tokens - 1) / tokens};
     }
-    __syncthreads();
-    for (uint32_t expert = threadIdx.x; expert < experts; expert += blockDim.x) {
-        uint32_t count = slots_of[expert];
-        first_of[expert] = firsts[expert];
-        for (uint32_t done = 0, tile = bases[expert]; done < count; done += tokens, tile++) {
-            tiles[tile] = {expert, firsts[expert] + done, min(tokens, count - done), 0};
+    uint2 own = sum;
+    for (uint32_t distance = 1; distance < 256; distance *= 2) {
+        sums[threadIdx.x] = sum;
+        __syncthreads();
+        if (threadIdx.x >= distance) sum = {sum.x + sums[threadIdx.x - distance].x, sum.y + sums[threadIdx.x - distance].y};
+        __syncthreads();
+    }
+    if (threadIdx.x == 255) {
+        tile_count[0] = sum.y;
+        tile_count[1] = sum.x;
+    }
+    uint32_t place = sum.x - own.x, tile = sum.y - own.y;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        if (begin + i < experts) first_of[begin + i] = place;
+        for (uint32_t done = 0; done < count[i]; done += tokens) {
+            tiles[tile++] = {begin + i, place + done, min(tokens, count[i] - done), 0};
         }
+        place += count[i];
     }
 }
 

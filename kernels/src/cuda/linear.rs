@@ -6,7 +6,12 @@ use crate::Error;
 /// Rows of a weight matrix that one block computes, and the bytes of k and the padding that it holds of each.
 const WEIGHT_ROWS: u32 = 64;
 const PITCH: u32 = 144;
-const STAGES: u32 = 4;
+
+/// Shared memory of a block: stages of rows, then scales.
+fn ring_bytes(tokens: u32) -> u32 {
+    let stages = if tokens <= 32 { 8 } else { 4 };
+    stages * ((WEIGHT_ROWS + tokens) * PITCH + 4 * tokens + 16)
+}
 
 /// Input rows a block computes: the least that holds the rows one matrix gets.
 pub fn tile(rows: u32) -> u32 {
@@ -71,6 +76,11 @@ pub fn linear(
     runs: Runs,
     batch: Batch,
 ) -> Result<(), Error> {
+    let element = if matrix.scales.is_some() { 1 } else { 2 };
+    if !(matrix.k * element).is_multiple_of(16) || !(input.stride * element).is_multiple_of(16) {
+        let (k, stride) = (matrix.k, input.stride);
+        return Err(Error::Unsupported(format!("k {k} at stride {stride}: rows must begin at 16 bytes")));
+    }
     let (count, tiles, tokens, runs) = match runs {
         Runs::Count { count, most } => (count, 0, tile(most), most.div_ceil(tile(most))),
         Runs::Tiles { count, tiles, tokens, most } => (count, tiles, tokens, most),
@@ -93,8 +103,10 @@ pub fn linear(
     let args = args.u32(matrix.n).u32(matrix.k).u32(input.stride).u32(output.stride);
     let args = args.u32(batch.weights).u32(batch.input).u32(batch.output);
     let grid = Grid::new([matrix.n.div_ceil(WEIGHT_ROWS), runs, batch.count], 128);
-    let shared = STAGES * (WEIGHT_ROWS + tokens) * PITCH;
-    device.launch(&format!("{family}_{tokens}"), grid.shared(shared), args)
+    match runs {
+        0 => Ok(()),
+        _ => device.launch(&format!("{family}_{tokens}"), grid.shared(ring_bytes(tokens)), args),
+    }
 }
 
 /// bf16 rows, `stride` apart, to e4m3 rows and their scales. There are `*count × per` rows, at most `most`.
@@ -111,5 +123,13 @@ pub fn quantize(
     scales: Address,
 ) -> Result<(), Error> {
     let args = Args::default().ptr(count).u32(per).ptr(x).u32(stride).u32(k).ptr(values).ptr(scales);
-    device.launch("quantize", Grid::new([most, k.div_ceil(4 * 128), 1], 128), args)
+    if !k.is_multiple_of(16) || !stride.is_multiple_of(4) {
+        return Err(Error::Unsupported(format!(
+            "FP8 rows of {k} at stride {stride}: not multiples of 16 and 4"
+        )));
+    }
+    match most {
+        0 => Ok(()),
+        _ => device.launch("quantize", Grid::new([most, k.div_ceil(4 * 128), 1], 128), args),
+    }
 }

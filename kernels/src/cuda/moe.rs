@@ -8,7 +8,7 @@ use crate::Error;
 
 /// A tile on the device.
 const TILE_BYTES: u32 = 16;
-/// Experts whose places one block keeps in shared memory.
+/// Experts that the block which lists tiles can take: four a thread.
 const MOST_EXPERTS: u32 = 1024;
 
 /// Where the copies of rows lie, by expert.
@@ -80,7 +80,10 @@ pub fn silu_mul(
     out: Address,
 ) -> Result<(), Error> {
     let args = Args::default().ptr(count).u32(per).ptr(both).u32(width).ptr(out);
-    device.launch("silu_mul", Grid::new([most, width.div_ceil(256), 1], 256), args)
+    match most {
+        0 => Ok(()),
+        _ => device.launch("silu_mul", Grid::new([most, width.div_ceil(256), 1], 256), args),
+    }
 }
 
 /// `out[t] = Σ_slot weight · at[place[slot]] + shared[t]`, slots in the gate's order.
@@ -99,5 +102,8 @@ pub fn combine(
 ) -> Result<(), Error> {
     let args = Args::default().ptr(counts).u32(top_k).ptr(at).ptr(places.place).ptr(weights);
     let args = args.ptr(shared.unwrap_or(0)).u32(hidden).ptr(out);
-    device.launch("moe_combine", Grid::new([rows, hidden.div_ceil(256), 1], 256), args)
+    match rows {
+        0 => Ok(()),
+        _ => device.launch("moe_combine", Grid::new([rows, hidden.div_ceil(256), 1], 256), args),
+    }
 }

@@ -57,7 +57,7 @@ pub fn product(w: &[f32], x: &[f32], k: usize) -> Vec<f32> {
 }
 
 /// (rows, n, k): fewer rows than a tile, more than one tile, edges that do not divide.
-const SIZES: [(usize, usize, usize); 7] = [
+const SIZES: [(usize, usize, usize); 9] = [
     (1, 128, 128),
     (3, 576, 256),
     (17, 64, 384),
@@ -65,7 +65,11 @@ const SIZES: [(usize, usize, usize); 7] = [
     (65, 832, 256),
     (130, 320, 512),
     (300, 128, 128),
+    (5, 96, 208),
+    (9, 160, 7168),
 ];
+/// Columns between rows of y that must stay as they are.
+const GAP: usize = 8;
 
 fn run(
     device: &Device,
@@ -101,17 +105,46 @@ fn run(
         Some(_) => Input { values: q.address(), scales: Some(q_scales.address()), stride: k32, gather: None },
         None => Input { values: x_memory.address(), scales: None, stride: k32, gather: None },
     };
-    let y = support::poisoned(device, rows * n * if f32 { 4 } else { 2 });
+    let y = support::poisoned(device, rows * (n + GAP) * if f32 { 4 } else { 2 });
     let matrix = Matrix {
         weights: weights.address(),
         scales: w_scales.as_ref().map(|m| m.address()),
         n: n as u32,
         k: k32,
     };
-    let output = Output { values: y.address(), stride: n as u32, f32 };
+    let output = Output { values: y.address(), stride: (n + GAP) as u32, f32 };
     let runs = Runs::Count { count: count.address(), most: rows as u32 };
     linear(device, matrix, input, output, runs, Batch::ONE).unwrap();
-    if f32 { support::download_f32(device, &y) } else { support::download_bf16(device, &y) }
+    let y = if f32 { support::download_f32(device, &y) } else { support::download_bf16(device, &y) };
+    let (within, gaps): (Vec<_>, Vec<_>) = y.chunks_exact(n + GAP).map(|row| row.split_at(n)).unzip();
+    assert!(gaps.concat().iter().all(|value| value.is_nan()), "values were written between rows");
+    within.concat()
+}
+
+/// Launched for seven rows of which the step has none, and for none.
+#[test]
+fn linear_and_quantize_without_rows() {
+    let Some(device) = support::device() else { return };
+    let (count, x) = (
+        support::upload_u32(&device, &[0]),
+        support::upload_bf16(&device, &support::random_bf16(7 * 128, 1)),
+    );
+    let (y, q, scales) = (
+        support::poisoned(&device, 7 * 128 * 2),
+        support::poisoned(&device, 7 * 128),
+        support::poisoned(&device, 7 * 4),
+    );
+    let matrix = Matrix { weights: x.address(), scales: None, n: 7, k: 128 };
+    let input = Input { values: x.address(), scales: None, stride: 128, gather: None };
+    let output = Output { values: y.address(), stride: 128, f32: false };
+    for most in [0, 7] {
+        let runs = Runs::Count { count: count.address(), most };
+        linear(&device, matrix, input, output, runs, Batch::ONE).unwrap();
+        let (x, q, scales) = (x.address(), q.address(), scales.address());
+        quantize(&device, count.address(), 1, most, x, 128, 128, q, scales).unwrap();
+    }
+    let written = [&y, &q, &scales].map(|memory| support::download(&device, memory)).concat();
+    assert!(written.iter().all(|byte| *byte == 0xff), "rows beyond the step are not written");
 }
 
 #[test]

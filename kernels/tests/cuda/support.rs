@@ -38,7 +38,9 @@ pub fn random_bf16(count: usize, seed: u64) -> Vec<f32> {
 
 pub fn upload(device: &Device, bytes: &[u8]) -> Memory {
     let memory = device.alloc(bytes.len()).unwrap();
-    device.upload(bytes, memory.address()).unwrap();
+    if !bytes.is_empty() {
+        device.upload(bytes, memory.address()).unwrap();
+    }
     device.synchronize().unwrap();
     memory
 }
@@ -59,7 +61,9 @@ pub fn upload_u32(device: &Device, values: &[u32]) -> Memory {
 /// All bits set: NaN in bf16, f32 and e4m3.
 pub fn poisoned(device: &Device, bytes: usize) -> Memory {
     let memory = device.alloc(bytes).unwrap();
-    device.fill(&memory, 0xff).unwrap();
+    if bytes > 0 {
+        device.fill(&memory, 0xff).unwrap();
+    }
     memory
 }
 
