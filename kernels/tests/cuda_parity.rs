@@ -18,3 +18,5 @@ mod moe;
 mod paged;
 #[path = "cuda/sample.rs"]
 mod sample;
+#[path = "cuda/transfer.rs"]
+mod transfer;

@@ -501,7 +501,8 @@ impl Launch {
         let both = prepared.room(device, "experts' gate and up", 4 * slots * width as usize)?;
         let inner = prepared.room(device, "experts' activated", 2 * slots * width as usize)?;
         let results = prepared.room(device, "experts' results", 2 * slots * hidden as usize)?;
-        let tokens = linear::tile(self.most * top_k / count);
+        // Twice the mean, so that few experts spill into a second tile and have their weights read again.
+        let tokens = linear::tile(2 * self.most * top_k / count);
         let places = moe::place(device, self.count, self.most, top_k, count, tokens, routing.chosen, places)?;
         let input = self.input(device, prepared, x, gate_up, 1)?;
         let input = Input { gather: Some(places.row_at), ..input };

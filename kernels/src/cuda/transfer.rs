@@ -151,28 +151,48 @@ struct Plan {
 
 impl Plan {
     fn down(&self) -> sys::CUDA_MEMCPY2D {
-        let mut copy = self.extent();
-        copy.srcMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
-        (copy.srcDevice, copy.srcPitch) = (self.device, self.stride);
-        copy.dstMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_HOST;
-        (copy.dstHost, copy.dstPitch) = (self.host.cast(), self.width);
-        copy
+        sys::CUDA_MEMCPY2D {
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcDevice: self.device,
+            srcPitch: self.stride,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            dstHost: self.host.cast(),
+            dstPitch: self.width,
+            ..self.extent()
+        }
     }
 
     fn up(&self) -> sys::CUDA_MEMCPY2D {
-        let mut copy = self.extent();
-        copy.srcMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_HOST;
-        (copy.srcHost, copy.srcPitch) = (self.host.cast_const().cast(), self.width);
-        copy.dstMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
-        (copy.dstDevice, copy.dstPitch) = (self.device, self.stride);
-        copy
+        sys::CUDA_MEMCPY2D {
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: self.host.cast_const().cast(),
+            srcPitch: self.width,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstDevice: self.device,
+            dstPitch: self.stride,
+            ..self.extent()
+        }
     }
 
     fn extent(&self) -> sys::CUDA_MEMCPY2D {
-        // SAFETY: a plain C struct, of which zero is a valid value for every field that stays unset.
-        let mut copy: sys::CUDA_MEMCPY2D = unsafe { std::mem::zeroed() };
-        (copy.WidthInBytes, copy.Height) = (self.width, self.layers);
-        copy
+        sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: std::ptr::null(),
+            srcDevice: 0,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: 0,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: 0,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: 0,
+            WidthInBytes: self.width,
+            Height: self.layers,
+        }
     }
 }
 

@@ -115,7 +115,7 @@ impl Matrices {
                 "is FP8 without scales of 128 × 128 blocks; the CUDA backend has no other",
             ));
         };
-        if row % BLOCK != 0 {
+        if !row.is_multiple_of(BLOCK) {
             return Err(refuse(part, "follows rows that do not fill a block of 128; their scales would mix"));
         }
         if part.bytes.iter().any(|byte| byte & 0x7f == 0x7f) {
