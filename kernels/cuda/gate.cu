@@ -61,6 +61,8 @@ __device__ void mask_groups(float* choice, uint32_t experts, const Rule& rule) {
         if (other > key || (other == key && g < lane)) before++;
     }
     uint32_t kept = __ballot_sync(EVERY, lane < rule.groups && before < rule.kept_groups);
+    // Shuffles do not order memory: every lane has read its group before any of them is written.
+    __syncwarp();
     for (uint32_t e = lane; e < experts; e += 32) {
         if (!(kept >> e / size & 1)) choice[e] = -INFINITY;
     }

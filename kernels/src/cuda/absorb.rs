@@ -3,6 +3,8 @@
 use super::device::{Address, Args, Device, Grid};
 use crate::{Error, Shape};
 
+pub(super) const KERNELS: &[&str] = &["absorb_rope"];
+
 /// Copies the rotary part of every query, bf16 `[rows][heads][nope + rope]`, to its place in the absorbed form,
 /// `[rows][heads][latent + rope]`.
 pub fn absorb_rope(

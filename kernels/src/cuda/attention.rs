@@ -8,6 +8,15 @@ use super::{
 };
 use crate::Error;
 
+pub(super) const KERNELS: &[&str] = &[
+    "attend_absorbed_16",
+    "attend_absorbed_32",
+    "attend_absorbed_64",
+    "attend_combine",
+    "gather_context",
+    "attend_direct",
+];
+
 /// Sizes that the kernels are compiled for.
 const LATENT: u32 = 512;
 const ROPE: u32 = 64;

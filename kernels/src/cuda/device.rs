@@ -189,17 +189,17 @@ fn load(
 ) -> Result<HashMap<&'static str, CudaFunction>, Error> {
     let arch = format!("{major}{minor}a");
     let mut functions = HashMap::new();
-    for (_, _, cubin) in CUBINS.iter().filter(|(_, built_for, _)| *built_for == arch) {
+    for (family, _, cubin) in CUBINS.iter().filter(|(_, built_for, _)| *built_for == arch) {
         let image = cudarc::nvrtc::Ptx::from_binary(cubin.to_vec());
         let module = context.load_module(image).map_err(device)?;
-        for name in super::KERNELS {
-            // A family knows only its own kernels.
-            if let Ok(function) = module.load_function(name) {
-                let largest = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                let fixed = function.shared_size_bytes().map_err(device)?;
-                function.set_attribute(largest, LARGEST_SHARED - fixed).map_err(device)?;
-                functions.insert(*name, function);
-            }
+        let names =
+            super::FAMILIES.iter().find(|(name, _)| name == family).map_or(&[][..], |(_, names)| names);
+        for name in names {
+            let function = module.load_function(name).map_err(device)?;
+            let largest = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let fixed = function.shared_size_bytes().map_err(device)?;
+            function.set_attribute(largest, LARGEST_SHARED - fixed).map_err(device)?;
+            functions.insert(*name, function);
         }
     }
     if functions.is_empty() {
@@ -209,7 +209,8 @@ fn load(
             built.first().map_or("nothing", String::as_str)
         )));
     }
-    match super::KERNELS.iter().find(|name| !functions.contains_key(*name)) {
+    let mut named = super::FAMILIES.iter().flat_map(|(_, names)| *names);
+    match named.find(|name| !functions.contains_key(*name)) {
         Some(name) => Err(Error::Device(format!("kernel {name} is not in the binary"))),
         None => Ok(functions),
     }

@@ -7,6 +7,8 @@ use super::{
 };
 use crate::Error;
 
+pub(super) const KERNELS: &[&str] = &["embed", "rms_norm", "rotate_query", "cache_write"];
+
 const THREADS: u32 = 256;
 /// Elements that are loaded together.
 const VECTOR: u32 = 8;

@@ -6,6 +6,8 @@ use super::{
 };
 use crate::{Error, GateRule, GroupScore, Scoring};
 
+pub(super) const KERNELS: &[&str] = &["gate_route"];
+
 /// Rows of a thread block.
 const ROWS: u32 = 4;
 const MAX_EXPERTS: u32 = 384;

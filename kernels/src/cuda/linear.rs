@@ -3,6 +3,25 @@
 use super::device::{Address, Args, Device, Grid};
 use crate::Error;
 
+pub(super) const KERNELS: &[&str] = &[
+    "linear_fp8_8",
+    "linear_fp8_16",
+    "linear_fp8_32",
+    "linear_fp8_64",
+    "linear_fp8_128",
+    "linear_bf16_8",
+    "linear_bf16_16",
+    "linear_bf16_32",
+    "linear_bf16_64",
+    "linear_bf16_128",
+    "linear_bf16_f32_8",
+    "linear_bf16_f32_16",
+    "linear_bf16_f32_32",
+    "linear_bf16_f32_64",
+    "linear_bf16_f32_128",
+    "quantize",
+];
+
 /// Rows of a weight matrix that one block computes, and the bytes of k and the padding that it holds of each.
 const WEIGHT_ROWS: u32 = 64;
 const PITCH: u32 = 144;

@@ -6,6 +6,8 @@ use super::{
 };
 use crate::Error;
 
+pub(super) const KERNELS: &[&str] = &["moe_count", "moe_tiles", "moe_place", "silu_mul", "moe_combine"];
+
 /// A tile on the device.
 const TILE_BYTES: u32 = 16;
 /// Experts that the block which lists tiles can take: four a thread.

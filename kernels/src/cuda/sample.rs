@@ -8,6 +8,8 @@ use super::{
 use crate::{Error, Logprobs, SampledToken, Sampling, SlotInit, TokenLogprob};
 use cudarc::driver::CudaEvent;
 
+pub(super) const KERNELS: &[&str] = &["sample_rows", "sample_logprobs", "sample_resolve"];
+
 /// Largest number of `logit_bias` entries of a sequence.
 pub const MAX_BIASES: usize = 1024;
 /// Largest number of ids that `min_tokens` holds back.
