@@ -1,5 +1,5 @@
 # The commands a newcomer and CI need. `make` alone lists them.
-.PHONY: help up build test lint bench proof-split proof-faults clean
+.PHONY: help up build cuda test lint bench proof-split proof-faults clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -9,6 +9,9 @@ up: ## build Baton and run a whole cluster with the demo model on this machine
 
 build: ## build the release binary: target/release/baton
 	cargo build --release --locked --bin baton
+
+cuda: ## build target/release/baton with the CUDA kernels (installs nvcc if it is absent; needs no GPU)
+	CUDA_HOME=$$(kernels/toolkit) cargo build --release --locked --bin baton --features cuda
 
 test: ## install what tests need and is absent, then run all of them
 	bash tests/install

@@ -25,7 +25,11 @@ pub trait Weights: Send + Sized + 'static {
     /// Reserves the KV pool, the slots and all scratch memory. Called once, before anything else.
     fn prepare(&mut self, shape: Shape) -> Result<(), Error>;
 
+    /// Activations, in the backend's own type.
     fn alloc(&mut self, rows: usize, width: usize) -> Result<Self::Buffer, Error>;
+
+    /// Logits of the head: f32 on every backend.
+    fn alloc_logits(&mut self, rows: usize, width: usize) -> Result<Self::Buffer, Error>;
 
     fn load_table(&mut self, tensor: Tensor<'_>) -> Result<Self::Table, Error>;
 
@@ -35,9 +39,10 @@ pub trait Weights: Send + Sized + 'static {
 
     fn load_mla(&mut self, tensors: &MlaTensors<'_>) -> Result<Self::Mla, Error>;
 
-    /// Experts in the order of their ids. Each is taken from the iterator when the one before it has been converted.
+    /// `count` experts in the order of their ids. Each is taken from the iterator when the one before it has been converted.
     fn load_experts(
         &mut self,
+        count: usize,
         experts: &mut dyn Iterator<Item = MlpTensors<'_>>,
     ) -> Result<Self::Experts, Error>;
 }

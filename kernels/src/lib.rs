@@ -3,7 +3,9 @@
 
 mod backend;
 pub mod batch;
+mod check;
 pub mod cpu;
+pub mod cuda;
 mod error;
 mod math;
 mod shape;
@@ -12,6 +14,7 @@ mod tensor;
 pub use backend::{Backend, Weights};
 pub use batch::*;
 pub use cpu::CpuBackend;
+pub use cuda::CudaBackend;
 pub use error::Error;
 pub use math::{exp, ln};
 pub use shape::{GateRule, GraphKey, GroupScore, Scoring, Shape};

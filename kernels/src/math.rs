@@ -82,6 +82,14 @@ pub fn sin_cos(x: f64) -> (f64, f64) {
     }
 }
 
+/// (cos, sin) of every pair at `position`, times `amplitude`; computed in f64.
+pub(crate) fn angles(position: u32, frequencies: &[f64], amplitude: f64, out: &mut Vec<(f32, f32)>) {
+    out.extend(frequencies.iter().map(|frequency| {
+        let (sin, cos) = sin_cos(f64::from(position) * frequency);
+        ((cos * amplitude) as f32, (sin * amplitude) as f32)
+    }));
+}
+
 /// Exponential in f32, for loops that the compiler turns into vectors: no branch, no table. 0 below −87; Cephes' polynomial.
 #[inline(always)]
 pub(crate) fn exp_f32(x: f32) -> f32 {

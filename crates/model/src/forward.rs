@@ -56,7 +56,7 @@ impl<B: Backend> Activations<B> {
             hidden: backend.alloc(rows, hidden)?,
             query: backend.alloc(rows, heads * shape.query())?,
             attended: backend.alloc(rows, heads * shape.value as usize)?,
-            logits: backend.alloc(shape.max_sequences as usize, shape.vocab as usize)?,
+            logits: backend.alloc_logits(shape.max_sequences as usize, shape.vocab as usize)?,
         })
     }
 }

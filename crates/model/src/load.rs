@@ -111,7 +111,7 @@ impl<B: Backend> Loader<'_, B> {
                 }
             }
         });
-        let experts = self.backend.load_experts(&mut tensors);
+        let experts = self.backend.load_experts(names.len(), &mut tensors);
         drop(tensors);
         names.last().into_iter().flatten().for_each(|name| directory.forget(name));
         match failed.into_inner() {

@@ -45,6 +45,10 @@ impl Weights for CpuBackend {
         Ok(Buffer { values: vec![0.0; rows * width], width })
     }
 
+    fn alloc_logits(&mut self, rows: usize, width: usize) -> Result<Buffer, Error> {
+        self.alloc(rows, width)
+    }
+
     fn load_table(&mut self, tensor: Tensor<'_>) -> Result<Table, Error> {
         Ok(Table { values: tensor.to_f32()?, width: tensor.cols })
     }
@@ -77,7 +81,11 @@ impl Weights for CpuBackend {
         Ok(Mla { query, low, kv_norm: tensors.kv_norm.to_f32()?, eps: tensors.eps, key, value })
     }
 
-    fn load_experts(&mut self, experts: &mut dyn Iterator<Item = MlpTensors<'_>>) -> Result<Experts, Error> {
+    fn load_experts(
+        &mut self,
+        _: usize,
+        experts: &mut dyn Iterator<Item = MlpTensors<'_>>,
+    ) -> Result<Experts, Error> {
         let load = |mlp: MlpTensors<'_>| {
             Ok((self.load_linear(&[mlp.gate, mlp.up])?, self.load_linear(&[mlp.down])?))
         };

@@ -1,7 +1,7 @@
 //! Norm, rotation, SiLU: what happens row by row between the products.
 
 use super::lanes::{LANES, Lanes, by_level, halve};
-use crate::math::{silu, sin_cos};
+use crate::math::silu;
 
 by_level! {
     /// `out = weight ⊙ x · rsqrt(mean(x²) + eps)`; squares are summed in lane `i mod 16`, lanes by halving.
@@ -72,14 +72,6 @@ unsafe fn add_scaled_kernel<L: Lanes, const A: usize, const B: usize>(
     }
 }
 
-/// (cos, sin) of every pair at `position`, times `amplitude`; computed in f64.
-pub fn angles(position: u32, frequencies: &[f64], amplitude: f64, out: &mut Vec<(f32, f32)>) {
-    out.extend(frequencies.iter().map(|frequency| {
-        let (sin, cos) = sin_cos(f64::from(position) * frequency);
-        ((cos * amplitude) as f32, (sin * amplitude) as f32)
-    }));
-}
-
 /// Rotates adjacent pairs.
 pub fn rotate(values: &mut [f32], angles: &[(f32, f32)]) {
     for ([x, y], (cos, sin)) in values.as_chunks_mut::<2>().0.iter_mut().zip(angles) {
@@ -91,6 +83,7 @@ pub fn rotate(values: &mut [f32], angles: &[(f32, f32)]) {
 mod tests {
     use super::super::lanes::Level;
     use super::*;
+    use crate::math::angles;
 
     #[test]
     fn adjacent_pairs_turn_by_their_own_angle() {

@@ -22,7 +22,8 @@ pub use gate::{Routing, route};
 pub use lanes::Level;
 pub use matrix::{Out, Packed, Product, Rows, multiply};
 pub use peak::peak_gflops;
-pub use rounding::Rounding;
+pub use rounding::{Rounding, e4m3_round};
+pub use sample::{Count, History, Row, logprobs, sample};
 pub use step::Step;
 
 use crate::{Error, Shape};

@@ -1,13 +1,11 @@
 //! A step on the CPU: the engine's request checked against the model's limits, and sampler state per slot.
 
-use super::{
-    elementwise::angles,
-    sample::{Count, History, Row},
-};
+use super::sample::{Count, History, Row};
 use crate::{
     Entry, EntryOutput, Error, Input, PromptLogprobs, SampledToken, Sampling, Shape, SlotInit, StepInput,
+    check::check, math::angles,
 };
-use std::{collections::HashSet, ops::Range, sync::Arc};
+use std::{ops::Range, sync::Arc};
 
 /// A step being computed.
 pub struct Step {
@@ -70,8 +68,7 @@ impl Slots {
 
     /// Checks `step`; if it is sound, initialises its slots and places its rows.
     pub fn accept(&mut self, step: &StepInput, shape: &Shape) -> Result<Step, Error> {
-        check_extent(step, shape)?;
-        step.init.iter().try_for_each(|init| check_init(init, shape))?;
+        check(step, shape)?;
         step.init.iter().for_each(|init| self.slots[init.slot as usize] = Some(Slot::new(init)));
         let mut placed = Step {
             tokens: Vec::with_capacity(step.tokens()),
@@ -80,12 +77,7 @@ impl Slots {
             entries: Vec::with_capacity(step.entries.len()),
             outputs: vec![EntryOutput::default(); step.entries.len()],
         };
-        let mut seen = HashSet::new();
         for entry in &step.entries {
-            check_entry(entry, shape)?;
-            if !seen.insert(entry.slot) {
-                return Err(Error::Step(format!("slot {} appears twice", entry.slot)));
-            }
             self.place(entry, shape, &mut placed)?;
         }
         Ok(placed)
@@ -168,60 +160,4 @@ fn history(init: &SlotInit) -> History {
         }
     }
     history
-}
-
-fn check_extent(step: &StepInput, shape: &Shape) -> Result<(), Error> {
-    let (entries, tokens) = (step.entries.len(), step.tokens());
-    if entries == 0 || entries > shape.max_sequences as usize {
-        return Err(Error::Step(format!("{entries} entries, expected 1 to {}", shape.max_sequences)));
-    }
-    if tokens > shape.max_step_tokens as usize {
-        return Err(Error::Step(format!("{tokens} tokens, expected at most {}", shape.max_step_tokens)));
-    }
-    Ok(())
-}
-
-fn check_init(init: &SlotInit, shape: &Shape) -> Result<(), Error> {
-    if init.slot >= shape.max_sequences {
-        return Err(Error::Step(format!("slot {} of {}", init.slot, shape.max_sequences)));
-    }
-    if init.prompt_len as usize > init.tokens.len() {
-        return Err(Error::Step(format!("prompt of {} in {} tokens", init.prompt_len, init.tokens.len())));
-    }
-    init.sampling.check(shape.vocab).map_err(Error::Step)
-}
-
-fn check_entry(entry: &Entry, shape: &Shape) -> Result<(), Error> {
-    let fail = |what: String| Err(Error::Step(format!("slot {}: {what}", entry.slot)));
-    let end = entry.start as usize + entry.len();
-    let needed = end.div_ceil(shape.block_tokens as usize);
-    if entry.slot >= shape.max_sequences {
-        return fail(format!("there are {} slots", shape.max_sequences));
-    }
-    if entry.is_empty() {
-        return fail("no input".to_string());
-    }
-    if end > shape.max_context as usize {
-        return fail(format!("{end} positions, the model is set up for {}", shape.max_context));
-    }
-    if entry.block_table.len() < needed {
-        return fail(format!("{} blocks, {end} tokens need {needed}", entry.block_table.len()));
-    }
-    if let Some(block) = entry.block_table.iter().find(|block| **block >= shape.blocks) {
-        return fail(format!("block {block} is outside the pool of {}", shape.blocks));
-    }
-    if let Input::Tokens(tokens) = &entry.input
-        && let Some(token) = tokens.iter().find(|token| **token >= shape.vocab)
-    {
-        return fail(format!("token {token} is outside the vocabulary of {}", shape.vocab));
-    }
-    match &entry.prompt_logprobs {
-        Some(p) if p.targets.len() != entry.len() => {
-            fail(format!("{} targets of prompt logprobs for {} tokens", p.targets.len(), entry.len()))
-        }
-        Some(p) if p.targets.iter().flatten().any(|token| *token >= shape.vocab) => {
-            fail("a target of prompt logprobs is outside the vocabulary".to_string())
-        }
-        _ => Ok(()),
-    }
 }

@@ -23,7 +23,7 @@ pub struct WorkerArgs {
     /// What this worker does
     #[arg(long)]
     role: Option<Role>,
-    /// What computes
+    /// What computes: cpu, or cuda (Hopper GPUs, in a binary built with the feature cuda)
     #[arg(long, value_name = "NAME")]
     backend: Option<String>,
     /// Hugging Face directory of the model [default: the demo model]

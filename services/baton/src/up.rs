@@ -30,7 +30,7 @@ pub struct Args {
     /// Port of the gateway; 0 takes a free one
     #[arg(long, default_value_t = 8000)]
     port: u16,
-    /// What computes; this build has: cpu
+    /// What computes: cpu, or cuda (Hopper GPUs, in a binary built with the feature cuda)
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     backend: String,
     /// Keep the membership in this etcd instead of in the router
@@ -86,8 +86,8 @@ fn check(args: &Args) -> anyhow::Result<()> {
             args.decode
         );
     }
-    if args.backend != "cpu" {
-        bail!("--backend {}: this build of baton computes on: cpu", args.backend);
+    if !worker::BACKENDS.contains(&args.backend.as_str()) {
+        bail!("--backend {}: this build of baton computes on: {}", args.backend, worker::BACKENDS.join(", "));
     }
     Ok(())
 }

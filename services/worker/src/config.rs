@@ -19,7 +19,7 @@ pub enum Role {
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     pub role: Role,
-    /// What computes: `cpu`.
+    /// What computes: one of [`BACKENDS`].
     pub backend: String,
     /// Hugging Face directory of the model.
     pub model: PathBuf,
@@ -87,6 +87,9 @@ pub struct Handoff {
     pub tries: u32,
 }
 
+/// What [`Config::backend`] may name. `cuda` needs a binary built with the feature of that name, and a Hopper GPU.
+pub const BACKENDS: [&str; 2] = ["cpu", "cuda"];
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -131,7 +134,7 @@ impl Default for Handoff {
 impl Config {
     /// What [`crate::run`] refuses before it binds or loads anything.
     pub fn check(&self) -> Result<(), Error> {
-        if self.backend != "cpu" {
+        if !BACKENDS.contains(&self.backend.as_str()) {
             return Err(Error::Backend(self.backend.clone()));
         }
         if self.model.as_os_str().is_empty() {
@@ -230,7 +233,7 @@ mod tests {
         for (toml, part) in [
             ("rol = \"decode\"", "unknown field `rol`"),
             ("role = \"draft\"", "unknown variant `draft`"),
-            ("backend = \"cuda\"", "cuda"),
+            ("backend = \"tpu\"", "tpu"),
             ("block_tokens = 0", "block_tokens"),
             ("max_reserved_share = 1.5", "max_reserved_share"),
             ("listen = \"0.0.0.0:7000\"", "advertise"),

@@ -4,7 +4,7 @@
 pub enum Error {
     #[error("configuration: `{key}` {what}; {fix}")]
     Config { key: &'static str, what: &'static str, fix: &'static str },
-    #[error("this build has no backend `{0}`; it has `cpu`")]
+    #[error("there is no backend `{0}`; there are: {known}", known = crate::BACKENDS.join(", "))]
     Backend(String),
     #[error("configuration: {0}")]
     Membership(#[from] membership::Error),

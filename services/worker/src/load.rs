@@ -2,7 +2,10 @@
 
 use crate::{Config, Error, Role, convert::Bounds, shared::Identity};
 use engine::{EngineConfig, EngineHandle, ModelExecutor, StepRecord};
-use kernels::cpu::{CpuBackend, CpuOptions};
+use kernels::{
+    Backend, CudaBackend,
+    cpu::{CpuBackend, CpuOptions},
+};
 use kv::{KvDtype, KvLayout};
 use model::{ModelRunner, RunnerOptions};
 use std::sync::Arc;
@@ -29,9 +32,26 @@ pub async fn load(
 }
 
 fn start(config: &Config, on_step: impl Fn(StepRecord) + Send + Sync + 'static) -> Result<Loaded, Error> {
-    let options = options(config)?;
-    let backend = CpuOptions { threads: config.threads, ..CpuOptions::default() };
-    let backend = CpuBackend::new(backend).map_err(model::Error::from)?;
+    match config.backend.as_str() {
+        "cuda" => {
+            let backend = CudaBackend::new(0).map_err(model::Error::from)?;
+            launch(config, backend, KvDtype::Bf16, on_step)
+        }
+        _ => {
+            let options = CpuOptions { threads: config.threads, ..CpuOptions::default() };
+            let backend = CpuBackend::new(options).map_err(model::Error::from)?;
+            launch(config, backend, KvDtype::F32, on_step)
+        }
+    }
+}
+
+fn launch<B: Backend>(
+    config: &Config,
+    backend: B,
+    dtype: KvDtype,
+    on_step: impl Fn(StepRecord) + Send + Sync + 'static,
+) -> Result<Loaded, Error> {
+    let options = options(config, dtype)?;
     let runner = ModelRunner::load(&config.model, backend, options)?;
     let model = runner.model().clone();
     let executor = ModelExecutor::new(runner).map_err(Error::Thread)?;
@@ -47,10 +67,10 @@ fn start(config: &Config, on_step: impl Fn(StepRecord) + Send + Sync + 'static) 
     })
 }
 
-fn options(config: &Config) -> Result<RunnerOptions, Error> {
+fn options(config: &Config, dtype: KvDtype) -> Result<RunnerOptions, Error> {
     Ok(RunnerOptions {
         block_tokens: config.block_tokens,
-        blocks: blocks(config)?,
+        blocks: blocks(config, dtype)?,
         max_sequences: config.max_sequences,
         max_step_tokens: config.max_step_tokens,
         max_context: config.max_context,
@@ -58,14 +78,13 @@ fn options(config: &Config) -> Result<RunnerOptions, Error> {
     })
 }
 
-fn blocks(config: &Config) -> Result<u32, Error> {
+fn blocks(config: &Config, dtype: KvDtype) -> Result<u32, Error> {
     if let Some(blocks) = config.kv_blocks {
         return Ok(blocks);
     }
     let model = model::check_directory(&config.model)?.config;
     let row = model.kv_lora_rank + model.rope_dim;
-    let layout =
-        KvLayout { dtype: KvDtype::F32, layers: model.layers, block_tokens: config.block_tokens, row };
+    let layout = KvLayout { dtype, layers: model.layers, block_tokens: config.block_tokens, row };
     let (megabytes, block_bytes) = (config.kv_cache_mb, layout.block_bytes());
     let blocks = (megabytes << 20) / block_bytes as u64;
     match u32::try_from(blocks) {
