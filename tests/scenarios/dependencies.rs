@@ -19,7 +19,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("handoff", &["kv", "proto"]),
     ("model", &["kernels", "kv"]),
     ("engine", &["model", "kernels", "kv"]),
-    ("gateway", &["openai", "proto", "membership", "telemetry"]),
+    ("gateway", &["openai", "proto", "telemetry"]),
     ("router", &["proto", "kv", "handoff", "membership", "telemetry"]),
     ("worker", &["engine", "handoff", "kernels", "kv", "membership", "model", "proto", "telemetry"]),
     ("baton", &["gateway", "router", "worker", "telemetry"]),
