@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 baton, parity, result_path = sys.argv[1:4]
@@ -105,6 +106,46 @@ def golden(cluster, at_once):
         return f"{sum(pool.map(ask, items))} of {len(items)}"
 
 
+def conversation(cluster):
+    """Thirty golden questions in one prompt of over 800 tokens, the last to be answered: long chunks, the second behind a context."""
+    with open(os.path.join(here, "../deploy/demo/golden.jsonl"), encoding="utf-8") as lines:
+        items = [json.loads(line) for line in lines][:60:2]
+    messages = []
+    for item in items:
+        messages += [{"role": "user", "content": item["question"]}, {"role": "assistant", "content": item["answer"]}]
+    answer = cluster.post("/v1/chat/completions", {"model": "baton-demo", "messages": messages[:-1], "temperature": 0})
+    exact = answer["choices"][0]["message"]["content"] == items[-1]["answer"]
+    return {"exact": exact, "prompt_tokens": answer["usage"]["prompt_tokens"]}
+
+
+def references(cluster):
+    """Logprobs of the long reference texts against those in f32, and continuations while margins are sure."""
+    with open(os.path.join(here, "../deploy/demo/reference.json"), encoding="utf-8") as file:
+        prompts = [prompt for prompt in json.load(file)["prompts"] if len(prompt["ids"]) > 100]
+    compared = {}
+    for prompt in prompts:
+        body = {"model": "baton-demo", "prompt": prompt["ids"], "max_tokens": 48, "temperature": 0, "ignore_eos": True,
+                "echo": True, "logprobs": 5, "return_tokens_as_token_ids": True}
+        logprobs = cluster.post("/v1/completions", body)["choices"][0]["logprobs"]
+        number = lambda token: int(token.removeprefix("token_id:"))
+        errors, same = [], 0
+        for position, expected in enumerate(prompt["positions"][:-1]):
+            found = {number(token): value for token, value in logprobs["top_logprobs"][position + 1].items()}
+            top = {token: logit - expected["lse"] for token, logit in expected["top"]}
+            errors += [abs(value - top[token]) for token, value in found.items() if token in top]
+            same += max(found, key=found.get) == expected["top"][0][0]
+        said = [number(token) for token in logprobs["tokens"][len(prompt["ids"]):]]
+        sure = next((i for i, margin in enumerate(prompt["margins"]) if margin < 0.3), 48)
+        compared[f"{len(prompt['ids'])} tokens"] = {
+            "mean_error": round(sum(errors) / len(errors), 4),
+            "largest_error": round(max(errors), 3),
+            "same_best": f"{same} of {len(prompt['positions']) - 1}",
+            "sure_continuation_equal": said[:sure] == prompt["greedy"][:sure],
+            "sure_tokens": sure,
+        }
+    return compared
+
+
 result["parity"] = run_parity()
 result["sanitizer"] = {tool: sanitize(tool) for tool in ("memcheck", "racecheck")}
 for name, arguments in {
@@ -115,12 +156,14 @@ for name, arguments in {
         with Cluster(*arguments) as cluster:
             result[name] = {
                 "seconds_to_ready": cluster.seconds_to_ready,
+                "conversation": conversation(cluster),
+                "references": references(cluster),
                 "golden_one_at_a_time": golden(cluster, 1),
                 "golden_32_at_once": golden(cluster, 32),
                 "decode_one_stream": cluster.bench(prompt_tokens=16, output_tokens=256, requests=4),
                 "decode_16_streams": cluster.bench(prompt_tokens=64, output_tokens=128, requests=64, concurrency=16),
             }
-    except SystemExit as error:
+    except (SystemExit, urllib.error.HTTPError) as error:
         result[name] = {"error": str(error)}
 with open(result_path, "w", encoding="utf-8") as out:
     json.dump(result, out, indent=2)

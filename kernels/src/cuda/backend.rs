@@ -1,7 +1,8 @@
 //! [`Backend`] on a GPU: each operation is a few launches of the kernels of this folder over the rows of the step.
 
 use super::{
-    CudaBackend, absorb, attention,
+    CudaBackend, absorb,
+    attention::{self, Heads},
     device::{Address, Device},
     elementwise,
     elementwise::LowQuery,
@@ -164,44 +165,11 @@ impl Backend for CudaBackend {
         out: &mut Buffer,
     ) -> Result<(), Error> {
         let (device, prepared) = self.parts()?;
-        let shape = prepared.shape.clone();
-        let (rows, heads) = (prepared.max_rows(), shape.heads as usize);
-        let absorbed = prepared.room(device, "absorbed", 2 * rows * heads * shape.row())?;
-        let summed = prepared.room(device, "summed", 2 * rows * heads * shape.latent as usize)?;
-        let scratch =
-            attention::absorbed_scratch_bytes(shape.heads, shape.max_context, shape.max_step_tokens);
-        let scratch = prepared.room(device, "partial sums", scratch)?;
-        let launch = Launch::rows(prepared, step);
-        let (at, to) = (prepared.step.addresses, prepared.layer(layer));
-        launch.heads(
-            device,
-            &shape,
-            (weights.key(), shape.nope, shape.query()),
-            query.address(),
-            (shape.latent, shape.row()),
-            absorbed,
-        )?;
-        absorb::absorb_rope(device, at.counts, step.extent.rows, &shape, query.address(), absorbed)?;
-        attention::attend_absorbed(
-            device,
-            &at,
-            &step.extent,
-            absorbed,
-            &to,
-            shape.heads,
-            shape.max_context,
-            shape.softmax_scale,
-            scratch,
-            summed,
-        )?;
-        launch.heads(
-            device,
-            &shape,
-            (weights.value(), shape.latent, shape.latent as usize),
-            summed,
-            (shape.value, shape.value as usize),
-            out.address(),
-        )
+        let attend = Attend { launch: Launch::rows(prepared, step), step, layer, weights };
+        match step.is_direct() {
+            true => attend.direct(device, prepared, query.address(), out.address()),
+            false => attend.absorbed(device, prepared, query.address(), out.address()),
+        }
     }
 
     fn linear(&mut self, step: &Step, x: &Buffer, weight: &Linear, out: &mut Buffer) -> Result<(), Error> {
@@ -397,6 +365,101 @@ fn bf16(values: Address, k: u32) -> Input {
     Input { values, scales: None, stride: k, gather: None }
 }
 
+/// Attention of one layer over the rows of a step.
+struct Attend<'a> {
+    launch: Launch,
+    step: &'a Step,
+    layer: usize,
+    weights: &'a Mla,
+}
+
+/// Keys and values that the direct form makes at once take at most so many bytes each.
+const DIRECT_BYTES: usize = 512 << 20;
+
+impl Attend<'_> {
+    /// Queries into the latent space, attention over the cache rows as they are, the sums out of it.
+    fn absorbed(
+        &self,
+        device: &Device,
+        prepared: &mut Prepared,
+        query: Address,
+        out: Address,
+    ) -> Result<(), Error> {
+        let shape = prepared.shape.clone();
+        let (rows, heads) = (prepared.max_rows(), shape.heads as usize);
+        let absorbed = prepared.room(device, "absorbed", 2 * rows * heads * shape.row())?;
+        let summed = prepared.room(device, "summed", 2 * rows * heads * shape.latent as usize)?;
+        let scratch =
+            attention::absorbed_scratch_bytes(shape.heads, shape.max_context, shape.max_step_tokens);
+        let scratch = prepared.room(device, "partial sums", scratch)?;
+        let (at, to) = (prepared.step.addresses, prepared.layer(self.layer));
+        self.launch.heads(
+            device,
+            &shape,
+            (self.weights.key(), shape.nope, shape.query()),
+            query,
+            (shape.latent, shape.row()),
+            absorbed,
+        )?;
+        absorb::absorb_rope(device, at.counts, self.step.extent.rows, &shape, query, absorbed)?;
+        attention::attend_absorbed(
+            device,
+            &at,
+            &self.step.extent,
+            absorbed,
+            &to,
+            shape.heads,
+            shape.max_context,
+            shape.softmax_scale,
+            scratch,
+            summed,
+        )?;
+        self.launch.heads(
+            device,
+            &shape,
+            (self.weights.value(), shape.latent, shape.latent as usize),
+            summed,
+            (shape.value, shape.value as usize),
+            out,
+        )
+    }
+
+    /// Keys and values of an entry's whole context out of the latent space, attention over those; entry by entry, and of
+    /// a long context some heads at a time.
+    fn direct(
+        &self,
+        device: &Device,
+        prepared: &mut Prepared,
+        query: Address,
+        out: Address,
+    ) -> Result<(), Error> {
+        let shape = prepared.shape.clone();
+        attention::check_direct(shape.nope, shape.value)?;
+        let (context, per_head) = (shape.max_context as usize, 2 * shape.nope as usize);
+        let room = (shape.heads as usize * context * per_head).min(DIRECT_BYTES.max(context * per_head));
+        let latent = prepared.room(device, "context", 2 * context * shape.latent as usize)?;
+        let rope = prepared.room(device, "rotary keys", 2 * context * shape.rope as usize)?;
+        let [k, v] = [prepared.room(device, "keys", room)?, prepared.room(device, "values", room)?];
+        let (at, pool) = (prepared.step.addresses, prepared.layer(self.layer));
+        for (index, entry) in self.step.entries.iter().enumerate() {
+            let (index, context) = (index as u32, entry.context());
+            attention::gather_context(device, &at, index, context, &pool, latent, rope)?;
+            let count = at.context + 4 * u64::from(index);
+            let launch = Launch { count, most: context, ..self.launch };
+            let at_once = ((room / (context as usize * per_head)) as u32).min(shape.heads);
+            for first in (0..shape.heads).step_by(at_once as usize) {
+                let heads = Heads { first, count: at_once.min(shape.heads - first), all: shape.heads };
+                let [w_k, w_v] = [self.weights.key_rows(), self.weights.value()];
+                launch.up(device, &shape, &heads, w_k, shape.nope, latent, k)?;
+                launch.up(device, &shape, &heads, w_v, shape.value, latent, v)?;
+                let (span, scale) = (entry.span, shape.softmax_scale);
+                attention::attend_direct(device, span, heads, query, k, v, rope, scale, out)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Rows of a step: how many a launch covers, and where the device finds how many there are.
 #[derive(Clone, Copy)]
 struct Launch {
@@ -463,6 +526,26 @@ impl Launch {
         let output = Output { values: out, stride: heads * to, f32: false };
         let batch = Batch { count: heads, weights: 2 * n * k, input: 2 * from, output: to };
         linear::linear(device, matrix, input, output, self.runs(), batch)
+    }
+
+    /// Latent rows to rows of some heads: `[rows][heads.count][n]`, by matrices `[heads.all][n][latent]`.
+    #[allow(clippy::too_many_arguments)]
+    fn up(
+        &self,
+        device: &Device,
+        shape: &Shape,
+        heads: &Heads,
+        weights: Address,
+        n: u32,
+        x: Address,
+        out: Address,
+    ) -> Result<(), Error> {
+        let bytes = 2 * n * shape.latent;
+        let weights = weights + u64::from(heads.first) * u64::from(bytes);
+        let matrix = Matrix { weights, scales: None, n, k: shape.latent };
+        let output = Output { values: out, stride: heads.count * n, f32: false };
+        let batch = Batch { count: heads.count, weights: bytes, input: 0, output: n };
+        linear::linear(device, matrix, bf16(x, shape.latent), output, self.runs(), batch)
     }
 
     fn mlp(

@@ -3,6 +3,7 @@
 
 use super::sample::SampleResult;
 use super::{
+    attention::Span,
     device::{Address, Device, Memory},
     host::Staging,
 };
@@ -26,6 +27,8 @@ pub struct StepAddresses {
     pub row_count: Address,
     /// `[entries]` u32: position of the first row.
     pub start: Address,
+    /// `[entries]` u32: positions up to the last row's.
+    pub context: Address,
     /// `[entries]` u32.
     pub slot: Address,
     /// `[entries][max_blocks]` u32.
@@ -52,6 +55,10 @@ pub struct Extent {
 /// Token of a row whose token is the last one sampled for its slot.
 pub const SAMPLED: u32 = u32::MAX;
 
+/// Rows of an entry from which on the direct form costs less: per position of the context, heads · 2 · (nope + value) ·
+/// latent to make keys and values against heads · 2 · (2 · latent + rope − nope − rope − value) a row.
+const DIRECT_ROWS: u32 = 171;
+
 /// Batch sizes that decode steps are recorded for; a step runs as the least that holds it.
 fn bucket(rows: u32) -> u32 {
     match rows {
@@ -72,7 +79,7 @@ impl StepMemory {
     pub fn new(device: &Device, shape: &Shape) -> Result<StepMemory, Error> {
         let (rows, entries) = (u64::from(shape.max_step_tokens), u64::from(shape.max_sequences));
         let max_blocks = shape.max_context.div_ceil(shape.block_tokens);
-        let words = 4 + 3 * rows + 6 * entries + entries * u64::from(max_blocks);
+        let words = 4 + 3 * rows + 7 * entries + entries * u64::from(max_blocks);
         let memory = device.alloc(4 * words as usize)?;
         let table = angle_table(shape);
         let angles = device.alloc(table.len())?;
@@ -92,6 +99,7 @@ impl StepMemory {
             first_row: take(entries),
             row_count: take(entries),
             start: take(entries),
+            context: take(entries),
             slot: take(entries),
             sample_entry: take(entries),
             sample_row: take(entries),
@@ -121,6 +129,7 @@ impl StepMemory {
             (at.first_row, &rows.first_row),
             (at.row_count, &rows.row_count),
             (at.start, &rows.start),
+            (at.context, &rows.context),
             (at.slot, &rows.slot),
             (at.sample_entry, &rows.sample_entry),
             (at.sample_row, &rows.sample_row),
@@ -157,6 +166,7 @@ struct Rows {
     first_row: Vec<u32>,
     row_count: Vec<u32>,
     start: Vec<u32>,
+    context: Vec<u32>,
     slot: Vec<u32>,
     sample_entry: Vec<u32>,
     sample_row: Vec<u32>,
@@ -182,6 +192,7 @@ impl Rows {
         self.first_row.push(first);
         self.row_count.push(count);
         self.start.push(entry.start);
+        self.context.push(entry.start + count);
         self.slot.push(entry.slot);
         if entry.sample {
             self.sample_entry.push(index);
@@ -216,16 +227,23 @@ pub struct Step {
     pub(super) extent: Extent,
     /// Its place in the ring.
     pub(super) ring: usize,
-    entries: Vec<Placed>,
+    pub(super) entries: Vec<Placed>,
     pub(super) wanted: Vec<Wanted>,
     /// u32 on the device: rows, targets and counts of `wanted`, then rows of each chunk of them.
     pub(super) wanted_at: Address,
 }
 
-struct Placed {
+pub(super) struct Placed {
     slot: u32,
-    next_position: u32,
+    pub span: Span,
     sample: bool,
+}
+
+impl Placed {
+    /// Positions up to the last row's, and so the position of the token after it.
+    pub fn context(&self) -> u32 {
+        self.span.start + self.span.rows
+    }
 }
 
 /// A prompt logprob to take.
@@ -239,10 +257,11 @@ pub(super) struct Wanted {
 
 impl Step {
     pub(super) fn new(step: &StepInput, extent: Extent, ring: usize, wanted_at: Address) -> Step {
-        let placed = |entry: &Entry| Placed {
-            slot: entry.slot,
-            next_position: entry.start + entry.len() as u32,
-            sample: entry.sample,
+        let mut first_row = 0;
+        let placed = |entry: &Entry| {
+            let span = Span { first_row, rows: entry.len() as u32, start: entry.start };
+            first_row += span.rows;
+            Placed { slot: entry.slot, span, sample: entry.sample }
         };
         Step {
             extent,
@@ -251,6 +270,12 @@ impl Step {
             wanted: wanted(step),
             wanted_at,
         }
+    }
+
+    /// Whether rows attend in the direct form: where there are enough of them for each context that making keys and values of it
+    /// costs less than the wider products of the absorbed form.
+    pub(super) fn is_direct(&self) -> bool {
+        !self.extent.decode && self.extent.rows >= DIRECT_ROWS * self.extent.entries
     }
 
     /// What [`Step::wanted_at`] holds, in chunks of `rows`.
@@ -271,7 +296,7 @@ impl Step {
         let mut outputs = vec![EntryOutput::default(); self.entries.len()];
         let sampling = self.entries.iter().zip(&mut outputs).filter(|(entry, _)| entry.sample);
         for (index, (entry, output)) in sampling.enumerate() {
-            let (slot, position) = (entry.slot, entry.next_position);
+            let (slot, position) = (entry.slot, entry.context());
             let token = sampled(index).sampled().ok_or(Error::NotFinite { slot, position })?;
             output.sampled = Some(token);
         }

@@ -174,8 +174,10 @@ pub struct Mla {
     pub low: Linear,
     pub kv_norm: Table,
     pub eps: f32,
-    /// W_UK transposed: `[heads][latent][nope]` bf16.
+    /// W_UK transposed: `[heads][latent][nope]` bf16, from queries into the latent space.
     key: Memory,
+    /// W_UK: `[heads][nope][latent]` bf16, from the latent space to keys.
+    key_rows: Memory,
     /// W_UV: `[heads][value][latent]` bf16.
     value: Memory,
 }
@@ -196,13 +198,14 @@ impl Mla {
                 Linear::load(device, &[*a, tensors.kv_a])?,
             ),
         };
-        let (key, value) = split_up_projection(shape, &tensors.kv_b)?;
+        let UpProjection { key, key_rows, value } = split_up_projection(shape, &tensors.kv_b)?;
         Ok(Mla {
             query,
             low,
             kv_norm: Table::load(device, tensors.kv_norm)?,
             eps: tensors.eps,
             key: put(device, &key)?,
+            key_rows: put(device, &key_rows)?,
             value: put(device, &value)?,
         })
     }
@@ -219,16 +222,28 @@ impl Mla {
         self.key.address()
     }
 
+    pub fn key_rows(&self) -> Address {
+        self.key_rows.address()
+    }
+
     pub fn value(&self) -> Address {
         self.value.address()
     }
 }
 
-/// Rows of a head in `kv_b`: keys, then values. Keys are turned, so that both halves map rows to rows.
-fn split_up_projection(shape: &Shape, kv_b: &Tensor<'_>) -> Result<(Vec<u8>, Vec<u8>), Error> {
+/// Both halves of `kv_b` in bf16, keys in two orders.
+struct UpProjection {
+    key: Vec<u8>,
+    key_rows: Vec<u8>,
+    value: Vec<u8>,
+}
+
+/// Rows of a head in `kv_b`: keys, then values.
+fn split_up_projection(shape: &Shape, kv_b: &Tensor<'_>) -> Result<UpProjection, Error> {
     let (nope, value, latent) = (shape.nope as usize, shape.value as usize, shape.latent as usize);
     let heads = shape.heads as usize;
     let mut key = vec![0; 2 * heads * latent * nope];
+    let mut key_rows = Vec::with_capacity(2 * heads * nope * latent);
     let mut values = Vec::with_capacity(2 * heads * value * latent);
     let mut row = vec![0.0; latent];
     for head in 0..heads {
@@ -238,13 +253,14 @@ fn split_up_projection(shape: &Shape, kv_b: &Tensor<'_>) -> Result<(Vec<u8>, Vec
             for (c, x) in row.iter().enumerate() {
                 key[2 * (c * nope + d)..][..2].copy_from_slice(&bf16(*x));
             }
+            key_rows.extend(row.iter().flat_map(|x| bf16(*x)));
         }
         for d in nope..nope + value {
             kv_b.read_row(head * (nope + value) + d, &mut row)?;
             values.extend(row.iter().flat_map(|x| bf16(*x)));
         }
     }
-    Ok((key, values))
+    Ok(UpProjection { key, key_rows, value: values })
 }
 
 fn bf16(x: f32) -> [u8; 2] {

@@ -93,6 +93,7 @@ impl Paged {
             first_row: unused,
             row_count: unused,
             start: unused,
+            context: unused,
             slot: unused,
             block_table: at(4),
             max_blocks: self.max_blocks,

@@ -184,6 +184,7 @@ fn resident(device: &Device, cases: &[Case], slots: u32) -> Resident {
         first_row: 0,
         row_count: at(4),
         start: at(3),
+        context: 0,
         slot: at(2),
         block_table: 0,
         max_blocks: 0,
