@@ -5,6 +5,9 @@
 pub enum Error {
     #[error("this backend cannot do what the model needs: {0}")]
     Unsupported(String),
+    /// There is no device, or none that this binary can use.
+    #[error("{0}")]
+    Unavailable(String),
     #[error("tensor {name}: {what}")]
     Tensor { name: String, what: String },
     /// The step asks for something impossible and was not run.

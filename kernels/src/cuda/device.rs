@@ -64,13 +64,13 @@ impl Args {
 impl Device {
     pub fn new(ordinal: usize) -> Result<Device, Error> {
         if CUBINS.is_empty() {
-            return Err(Error::Unsupported(
+            return Err(Error::Unavailable(
                 "this binary was built without CUDA kernels; build it with --features cuda".to_string(),
             ));
         }
         // SAFETY: only asks whether the library is there.
         if !unsafe { sys::is_culib_present() } {
-            return Err(Error::Unsupported(
+            return Err(Error::Unavailable(
                 "libcuda.so was not found: install the NVIDIA driver, or use --backend cpu".to_string(),
             ));
         }
@@ -180,7 +180,7 @@ pub(crate) fn device(error: DriverError) -> Error {
 }
 
 fn unusable(ordinal: usize, error: DriverError) -> Error {
-    Error::Unsupported(format!("GPU {ordinal} cannot be used ({error}); nvidia-smi lists those that can"))
+    Error::Unavailable(format!("GPU {ordinal} cannot be used ({error}); nvidia-smi lists those that can"))
 }
 
 fn load(
@@ -204,7 +204,7 @@ fn load(
     }
     if functions.is_empty() {
         let built: Vec<_> = CUBINS.iter().map(|(_, arch, _)| format!("sm_{arch}")).collect();
-        return Err(Error::Unsupported(format!(
+        return Err(Error::Unavailable(format!(
             "the GPU is sm_{major}{minor}; this binary has kernels for {}. Baton needs Hopper (H100, H200)",
             built.first().map_or("nothing", String::as_str)
         )));

@@ -353,10 +353,13 @@ async fn generate_if_listening(member: &Member, prompt: &[u32]) -> Option<ErrorC
     }
 }
 
+/// These tests are built without the feature `cuda`.
 #[tokio::test]
 async fn a_backend_that_this_build_has_not_is_named() {
     let cluster = Cluster::start().await;
-    let config = worker::Config { backend: "cuda".into(), ..cluster.config(Role::Both) };
-    let error = worker::run(config, std::future::pending()).await.expect_err("no such backend");
-    assert!(error.to_string().contains("no backend `cuda`"), "{error}");
+    for (backend, why) in [("tpu", "no backend `tpu`; there are: cpu, cuda"), ("cuda", "--features cuda")] {
+        let config = worker::Config { backend: backend.into(), ..cluster.config(Role::Both) };
+        let error = worker::run(config, std::future::pending()).await.expect_err("no such backend");
+        assert!(error.to_string().contains(why), "{error}");
+    }
 }
