@@ -1,0 +1,355 @@
+//! Every costly CUDA operation at the sizes of DeepSeek-V3, against the two ceilings of this GPU: time of a call, bytes over
+//! time, operations over time. Random weights and inputs; more data than the L2 holds wherever the model has it. With an
+//! argument `--json FILE` the figures go there too. Without a GPU it says so.
+
+use kernels::cuda::{
+    attention::{self, Heads, Span, absorbed_scratch_bytes, attend_absorbed, attend_direct},
+    device::{Address, Device, Memory},
+    elementwise::PoolLayer,
+    linear::{self, Batch, Input, Matrix, Output, Runs, linear, quantize},
+    moe,
+    step::{Extent, StepAddresses},
+};
+use std::fmt::Write;
+
+const HIDDEN: u32 = 7168;
+const WIDTH: u32 = 2048;
+const EXPERTS: u32 = 256;
+const TOP_K: u32 = 8;
+const HEADS: u32 = 128;
+/// Timed calls of each; the median counts.
+const CALLS: usize = 15;
+
+struct Row {
+    what: String,
+    microseconds: f32,
+    bytes: f64,
+    operations: f64,
+}
+
+struct Bench {
+    device: Device,
+    noise: Vec<u8>,
+    rows: Vec<Row>,
+}
+
+fn main() {
+    let device = match Device::new(0) {
+        Ok(device) => device,
+        Err(error) => return println!("nothing was measured: {error}"),
+    };
+    let mut state = 88172645463325252u64;
+    let mut byte = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        // Small e4m3 values, and pairs of them small bf16 values: no NaN, no infinity.
+        (state >> 32) as u8 & 0xbf & !0x40 | 0x20
+    };
+    let noise = (0..64 << 20).map(|_| byte()).collect();
+    let mut bench = Bench { device, noise, rows: Vec::new() };
+    bench.copy();
+    for (name, n, k) in [("q_a + kv_a", 2112, HIDDEN), ("q_b", 24576, 1536), ("o_proj", HIDDEN, 16384)] {
+        for rows in [1, 32, 128, 4096] {
+            bench.dense(name, rows, n, k, true);
+        }
+    }
+    for rows in [1, 128] {
+        bench.dense("head (bf16)", rows, 129_280, HIDDEN, false);
+    }
+    for rows in [1, 32, 128, 256, 4096] {
+        bench.experts(rows);
+    }
+    for (rows, context) in [(1, 4096), (128, 4096), (32, 16384)] {
+        bench.absorbed(rows, context);
+    }
+    for rows in [4096, 16384] {
+        bench.direct(rows);
+    }
+    let json: Vec<String> =
+        std::env::args().skip_while(|argument| argument != "--json").skip(1).take(1).collect();
+    bench.report(json.first().map(String::as_str));
+}
+
+impl Bench {
+    fn random(&self, bytes: usize) -> Memory {
+        let memory = self.device.alloc(bytes).unwrap();
+        for start in (0..bytes).step_by(self.noise.len()) {
+            let length = self.noise.len().min(bytes - start);
+            self.device.upload(&self.noise[..length], memory.address() + start as u64).unwrap();
+        }
+        memory
+    }
+
+    fn words(&self, words: &[u32]) -> Memory {
+        let memory = self.device.alloc(4 * words.len()).unwrap();
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        self.device.upload(&bytes, memory.address()).unwrap();
+        memory
+    }
+
+    fn scales(&self, count: usize) -> Memory {
+        self.words(&vec![0.01f32.to_bits(); count])
+    }
+
+    /// Median time of one call, in microseconds.
+    fn time(&mut self, what: String, bytes: f64, operations: f64, mut call: impl FnMut(&Device)) {
+        call(&self.device);
+        let event = || {
+            let flags = cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
+            self.device.context.new_event(Some(flags)).unwrap()
+        };
+        let mut times: Vec<f32> = (0..CALLS)
+            .map(|_| {
+                let (before, after) = (event(), event());
+                before.record(&self.device.stream).unwrap();
+                call(&self.device);
+                after.record(&self.device.stream).unwrap();
+                before.elapsed_ms(&after).unwrap() * 1e3
+            })
+            .collect();
+        times.sort_by(f32::total_cmp);
+        self.rows.push(Row { what, microseconds: times[CALLS / 2], bytes, operations });
+    }
+
+    fn copy(&mut self) {
+        let bytes = 4 << 30;
+        let [from, to] = [self.random(bytes), self.device.alloc(bytes).unwrap()];
+        self.time("copy of 4 GiB, read and written".into(), 2.0 * bytes as f64, 0.0, |device| {
+            // SAFETY: two allocations of this size.
+            unsafe {
+                let stream = device.stream.cu_stream();
+                cudarc::driver::result::memcpy_dtod_async(to.address(), from.address(), bytes, stream)
+                    .unwrap();
+            }
+        });
+    }
+
+    fn dense(&mut self, name: &str, rows: u32, n: u32, k: u32, fp8: bool) {
+        let (cells, element) = ((n * k) as usize, if fp8 { 1 } else { 2 });
+        let weights = self.random(cells * element);
+        let scales = self.scales(n.div_ceil(128) as usize * (k / 128) as usize);
+        let (x, count) = (self.random(2 * (rows * k) as usize), self.words(&[rows]));
+        let (q, q_scales) =
+            (self.device.alloc((rows * k) as usize).unwrap(), self.scales((rows * k / 128) as usize));
+        let y = self.device.alloc(4 * rows as usize * n as usize).unwrap();
+        let scale = |memory: &Memory| fp8.then_some(memory.address());
+        let matrix = Matrix { weights: weights.address(), scales: scale(&scales), n, k };
+        let values = if fp8 { q.address() } else { x.address() };
+        let input = Input { values, scales: scale(&q_scales), stride: k, gather: None };
+        let output = Output { values: y.address(), stride: n, f32: !fp8 };
+        let runs = Runs::Count { count: count.address(), most: rows };
+        let bytes = (cells * element) as f64 + 2.0 * f64::from(rows) * f64::from(n + k);
+        let operations = 2.0 * f64::from(rows) * cells as f64;
+        self.time(format!("{name} {n} x {k}, {rows} rows"), bytes, operations, |device| {
+            if fp8 {
+                let (q, s) = (q.address(), q_scales.address());
+                quantize(device, count.address(), 1, rows, x.address(), k, k, q, s).unwrap();
+            }
+            linear(device, matrix, input, output, runs, Batch::ONE).unwrap();
+        });
+    }
+
+    /// Both products of the routed experts with everything between, rows spread evenly at random.
+    fn experts(&mut self, rows: u32) {
+        let slots = (rows * TOP_K) as usize;
+        let chosen: Vec<u32> = (0..rows)
+            .flat_map(|row| (0..TOP_K).map(move |j| (row * 97 + j * 41 + row / 3) % EXPERTS))
+            .collect();
+        let mut touched = chosen.clone();
+        touched.sort_unstable();
+        touched.dedup();
+        let per_expert = (3 * HIDDEN * WIDTH) as usize;
+        let gate_up = self.random(EXPERTS as usize * per_expert / 3 * 2);
+        let down = self.random(EXPERTS as usize * per_expert / 3);
+        let gate_up_scales = self.scales((EXPERTS * 2 * WIDTH / 128 * HIDDEN / 128) as usize);
+        let down_scales = self.scales((EXPERTS * WIDTH / 128 * HIDDEN / 128) as usize);
+        let (counts, chosen) = (self.words(&[rows, 0, 0, 0]), self.words(&chosen));
+        let weights = self.scales(slots);
+        let x = self.random(2 * (rows * HIDDEN) as usize);
+        let room = |bytes: usize| self.device.alloc(bytes).unwrap();
+        let (q, q_scales) = (room((rows * HIDDEN) as usize), room((rows * HIDDEN / 32) as usize));
+        let (both, inner) = (room(slots * 4 * WIDTH as usize), room(slots * 2 * WIDTH as usize));
+        let (inner_q, inner_scales) = (room(slots * WIDTH as usize), room(slots * WIDTH as usize / 32));
+        let (results, out) = (room(slots * 2 * HIDDEN as usize), room(2 * (rows * HIDDEN) as usize));
+        let scratch = room(moe::scratch_bytes(rows, TOP_K, EXPERTS));
+        let tokens = linear::tile(2 * rows * TOP_K / EXPERTS);
+        let matrix = |weights: &Memory, scales: &Memory, n, k| Matrix {
+            weights: weights.address(),
+            scales: Some(scales.address()),
+            n,
+            k,
+        };
+        let (first, second) = (
+            matrix(&gate_up, &gate_up_scales, 2 * WIDTH, HIDDEN),
+            matrix(&down, &down_scales, HIDDEN, WIDTH),
+        );
+        let bytes = (touched.len() * per_expert) as f64
+            + slots as f64 * f64::from(HIDDEN + 8 * WIDTH + 2 * WIDTH + WIDTH + 2 * HIDDEN);
+        let operations = 2.0 * slots as f64 * per_expert as f64;
+        self.time(
+            format!("routed experts, {rows} rows over {} experts", touched.len()),
+            bytes,
+            operations,
+            |device| {
+                let count = counts.address();
+                quantize(
+                    device,
+                    count,
+                    1,
+                    rows,
+                    x.address(),
+                    HIDDEN,
+                    HIDDEN,
+                    q.address(),
+                    q_scales.address(),
+                )
+                .unwrap();
+                let places = moe::place(
+                    device,
+                    count,
+                    rows,
+                    TOP_K,
+                    EXPERTS,
+                    tokens,
+                    chosen.address(),
+                    scratch.address(),
+                )
+                .unwrap();
+                let input = Input {
+                    values: q.address(),
+                    scales: Some(q_scales.address()),
+                    stride: HIDDEN,
+                    gather: Some(places.row_at),
+                };
+                let output = Output { values: both.address(), stride: 2 * WIDTH, f32: false };
+                linear(device, first, input, output, places.runs, Batch::ONE).unwrap();
+                let most = rows * TOP_K;
+                moe::silu_mul(device, count, TOP_K, most, both.address(), WIDTH, inner.address()).unwrap();
+                quantize(
+                    device,
+                    count,
+                    TOP_K,
+                    most,
+                    inner.address(),
+                    WIDTH,
+                    WIDTH,
+                    inner_q.address(),
+                    inner_scales.address(),
+                )
+                .unwrap();
+                let input = Input {
+                    values: inner_q.address(),
+                    scales: Some(inner_scales.address()),
+                    stride: WIDTH,
+                    gather: None,
+                };
+                let output = Output { values: results.address(), stride: HIDDEN, f32: false };
+                linear(device, second, input, output, places.runs, Batch::ONE).unwrap();
+                moe::combine(
+                    device,
+                    count,
+                    rows,
+                    TOP_K,
+                    results.address(),
+                    &places,
+                    weights.address(),
+                    None,
+                    HIDDEN,
+                    out.address(),
+                )
+                .unwrap();
+            },
+        );
+    }
+
+    fn absorbed(&mut self, rows: u32, context: u32) {
+        let blocks = context / 64;
+        let pool = self.random((rows * blocks) as usize * 64 * 576 * 2);
+        let tables: Vec<u32> = (0..rows * blocks).collect();
+        let (counts, entries) =
+            (self.words(&[rows, rows, rows, 0]), self.words(&(0..rows).collect::<Vec<_>>()));
+        let (positions, tables) = (self.words(&vec![context - 1; rows as usize]), self.words(&tables));
+        let step =
+            addresses(counts.address(), positions.address(), entries.address(), tables.address(), blocks);
+        let query = self.random((rows * HEADS) as usize * 576 * 2);
+        let scratch = self.device.alloc(absorbed_scratch_bytes(HEADS, context, rows)).unwrap();
+        let out = self.device.alloc((rows * HEADS) as usize * 512 * 2).unwrap();
+        let layer =
+            PoolLayer { pool: pool.address(), layers: 1, layer: 0, block_tokens: 64, latent: 512, rope: 64 };
+        let extent = Extent { rows, entries: rows, samples: 0, decode: true };
+        let tokens = f64::from(rows) * f64::from(context);
+        let (bytes, operations) = (tokens * 1152.0, tokens * f64::from(HEADS) * 2176.0);
+        self.time(
+            format!("attention, absorbed, {rows} rows of context {context}"),
+            bytes,
+            operations,
+            |device| {
+                let (query, scratch, out) = (query.address(), scratch.address(), out.address());
+                attend_absorbed(device, &step, &extent, query, &layer, HEADS, context, 0.135, scratch, out)
+                    .unwrap();
+            },
+        );
+    }
+
+    fn direct(&mut self, rows: u32) {
+        attention::check_direct(128, 128).unwrap();
+        let per_head = (rows * HEADS) as usize * 128 * 2;
+        let (query, k, v) = (self.random(per_head / 2 * 3), self.random(per_head), self.random(per_head));
+        let (rope, out) = (self.random(rows as usize * 128), self.device.alloc(per_head).unwrap());
+        let pairs = f64::from(rows) * f64::from(rows) / 2.0 * f64::from(HEADS);
+        self.time(
+            format!("attention, direct, {rows} rows"),
+            3.5 * per_head as f64,
+            pairs * 640.0,
+            |device| {
+                let (span, heads) =
+                    (Span { first_row: 0, rows, start: 0 }, Heads { first: 0, count: HEADS, all: HEADS });
+                let [q, k, v, r, o] = [&query, &k, &v, &rope, &out].map(Memory::address);
+                attend_direct(device, span, heads, q, k, v, r, 0.135, o).unwrap();
+            },
+        );
+    }
+
+    fn report(&self, json: Option<&str>) {
+        println!("{:<52} {:>10} {:>9} {:>9}", "", "µs", "GB/s", "TFLOP/s");
+        let mut lines = Vec::new();
+        for Row { what, microseconds, bytes, operations } in &self.rows {
+            let (gigabytes, teraflops) =
+                (bytes / 1e3 / f64::from(*microseconds), operations / 1e6 / f64::from(*microseconds));
+            println!("{what:<52} {microseconds:>10.1} {gigabytes:>9.0} {teraflops:>9.1}");
+            let mut line = String::new();
+            write!(line, r#"{{"what": "{what}", "microseconds": {microseconds:.1}, "#).unwrap();
+            write!(line, r#""gigabytes_per_second": {gigabytes:.0}, "teraflops": {teraflops:.1}}}"#).unwrap();
+            lines.push(line);
+        }
+        if let Some(path) = json {
+            std::fs::write(path, format!("[\n{}\n]\n", lines.join(",\n"))).unwrap();
+        }
+    }
+}
+
+fn addresses(
+    counts: Address,
+    positions: Address,
+    entries: Address,
+    tables: Address,
+    blocks: u32,
+) -> StepAddresses {
+    StepAddresses {
+        counts,
+        tokens: 0,
+        positions,
+        entry_of_row: entries,
+        first_row: 0,
+        row_count: 0,
+        start: 0,
+        context: 0,
+        slot: 0,
+        block_table: tables,
+        max_blocks: blocks,
+        sample_entry: 0,
+        sample_row: 0,
+        angles: 0,
+    }
+}
