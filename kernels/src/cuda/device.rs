@@ -119,8 +119,8 @@ impl Device {
         let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|error| {
             let (free, total) = self.context.mem_get_info().unwrap_or((0, 0));
             Error::Device(format!(
-                "{bytes} bytes of device memory: {error}; {free} of {total} are free. Lower \
-                 --gpu-memory-utilization, or choose a larger GPU"
+                "{bytes} bytes of device memory: {error}; {free} of {total} are free. Lower kv_cache_mb, \
+                 kv_blocks or max_step_tokens, or choose a larger GPU"
             ))
         })?;
         Ok(Memory { address, bytes, context: self.context.clone() })

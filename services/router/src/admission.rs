@@ -247,7 +247,7 @@ fn verdict(denied: &Denied) -> Option<Error> {
         Decision::Mismatch(reason) => Some(Error::new(
             ErrorCode::Mismatch,
             format!(
-                "no prefill and decode workers match: {reason}; start them from the same model and version"
+                "no prefill and decode workers match: {reason}; start them from the same model and version, on the same backend, with the same block_tokens"
             ),
         )),
         Decision::Place { .. } | Decision::Wait(_) | Decision::NoMembers(_) => None,
