@@ -1,19 +1,19 @@
 //! [`Backend`] on a GPU: each operation is a few launches of the kernels of this folder over the rows of the step.
 
 use super::{
-    CudaBackend, absorb,
-    attention::{self, Heads},
+    CudaBackend,
     device::{Address, Device},
     elementwise,
     elementwise::LowQuery,
     gate,
     graphs::{self, Next},
-    linear::{self, Batch, Input, Matrix, Output, Runs},
+    linear::{self, Batch, Input, Output, Runs},
     memory::{Buffer, Prepared},
-    moe,
+    mla::Attend,
+    rows::{Launch, bf16},
     sample::{self, SampleResult},
     step::Step,
-    weights::{Experts, Linear, Matrices, Mla, Query, Table},
+    weights::{Experts, Linear, Mla, Query, Table},
 };
 use crate::{
     Backend, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, Shape, StepInput, Tensor,
@@ -27,9 +27,9 @@ pub(super) const LOGPROB_ROWS: usize = 32;
 
 /// Chosen experts and their weights, until the next gate.
 pub struct Routing {
-    chosen: Address,
-    weights: Address,
-    top_k: u32,
+    pub(super) chosen: Address,
+    pub(super) weights: Address,
+    pub(super) top_k: u32,
 }
 
 impl Weights for CudaBackend {
@@ -345,258 +345,6 @@ impl CudaBackend {
     fn collect(&mut self) -> Result<(), Error> {
         let (device, prepared) = self.parts()?;
         prepared.collect(device)
-    }
-}
-
-impl Linear {
-    fn matrix(&self) -> Matrix {
-        Matrix { weights: self.weights(), scales: self.scales(), n: self.n, k: self.k }
-    }
-}
-
-impl Matrices {
-    fn matrix(&self) -> Matrix {
-        Matrix { weights: self.weights(), scales: self.scales(), n: self.n as u32, k: self.k as u32 }
-    }
-}
-
-/// Dense rows of width `k`.
-fn bf16(values: Address, k: u32) -> Input {
-    Input { values, scales: None, stride: k, gather: None }
-}
-
-/// Attention of one layer over the rows of a step.
-struct Attend<'a> {
-    launch: Launch,
-    step: &'a Step,
-    layer: usize,
-    weights: &'a Mla,
-}
-
-/// Keys and values that the direct form makes at once take at most so many bytes each.
-const DIRECT_BYTES: usize = 512 << 20;
-
-impl Attend<'_> {
-    /// Queries into the latent space, attention over the cache rows as they are, the sums out of it.
-    fn absorbed(
-        &self,
-        device: &Device,
-        prepared: &mut Prepared,
-        query: Address,
-        out: Address,
-    ) -> Result<(), Error> {
-        let shape = prepared.shape.clone();
-        let (rows, heads) = (prepared.max_rows(), shape.heads as usize);
-        let absorbed = prepared.room(device, "absorbed", 2 * rows * heads * shape.row())?;
-        let summed = prepared.room(device, "summed", 2 * rows * heads * shape.latent as usize)?;
-        let scratch =
-            attention::absorbed_scratch_bytes(shape.heads, shape.max_context, shape.max_step_tokens);
-        let scratch = prepared.room(device, "partial sums", scratch)?;
-        let (at, to) = (prepared.step.addresses, prepared.layer(self.layer));
-        self.launch.heads(
-            device,
-            &shape,
-            (self.weights.key(), shape.nope, shape.query()),
-            query,
-            (shape.latent, shape.row()),
-            absorbed,
-        )?;
-        absorb::absorb_rope(device, at.counts, self.step.extent.rows, &shape, query, absorbed)?;
-        attention::attend_absorbed(
-            device,
-            &at,
-            &self.step.extent,
-            absorbed,
-            &to,
-            shape.heads,
-            shape.max_context,
-            shape.softmax_scale,
-            scratch,
-            summed,
-        )?;
-        self.launch.heads(
-            device,
-            &shape,
-            (self.weights.value(), shape.latent, shape.latent as usize),
-            summed,
-            (shape.value, shape.value as usize),
-            out,
-        )
-    }
-
-    /// Keys and values of an entry's whole context out of the latent space, attention over those; entry by entry, and of
-    /// a long context some heads at a time.
-    fn direct(
-        &self,
-        device: &Device,
-        prepared: &mut Prepared,
-        query: Address,
-        out: Address,
-    ) -> Result<(), Error> {
-        let shape = prepared.shape.clone();
-        attention::check_direct(shape.nope, shape.value)?;
-        let (context, per_head) = (shape.max_context as usize, 2 * shape.nope as usize);
-        let room = (shape.heads as usize * context * per_head).min(DIRECT_BYTES.max(context * per_head));
-        let latent = prepared.room(device, "context", 2 * context * shape.latent as usize)?;
-        let rope = prepared.room(device, "rotary keys", 2 * context * shape.rope as usize)?;
-        let [k, v] = [prepared.room(device, "keys", room)?, prepared.room(device, "values", room)?];
-        let (at, pool) = (prepared.step.addresses, prepared.layer(self.layer));
-        for (index, entry) in self.step.entries.iter().enumerate() {
-            let (index, context) = (index as u32, entry.context());
-            attention::gather_context(device, &at, index, context, &pool, latent, rope)?;
-            let count = at.context + 4 * u64::from(index);
-            let launch = Launch { count, most: context, ..self.launch };
-            let at_once = ((room / (context as usize * per_head)) as u32).min(shape.heads);
-            for first in (0..shape.heads).step_by(at_once as usize) {
-                let heads = Heads { first, count: at_once.min(shape.heads - first), all: shape.heads };
-                let [w_k, w_v] = [self.weights.key_rows(), self.weights.value()];
-                launch.up(device, &shape, &heads, w_k, shape.nope, latent, k)?;
-                launch.up(device, &shape, &heads, w_v, shape.value, latent, v)?;
-                let (span, scale) = (entry.span, shape.softmax_scale);
-                attention::attend_direct(device, span, heads, query, k, v, rope, scale, out)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Rows of a step: how many a launch covers, and where the device finds how many there are.
-#[derive(Clone, Copy)]
-struct Launch {
-    count: Address,
-    most: u32,
-    max: usize,
-}
-
-impl Launch {
-    fn rows(prepared: &Prepared, step: &Step) -> Launch {
-        Launch { count: prepared.step.addresses.counts, most: step.extent.rows, max: prepared.max_rows() }
-    }
-
-    fn runs(&self) -> Runs {
-        Runs::Count { count: self.count, most: self.most }
-    }
-
-    /// As `matrix` takes its input: quantised, if it is FP8. There are `per` rows for each of the step's.
-    fn input(
-        &self,
-        device: &Device,
-        prepared: &mut Prepared,
-        x: Address,
-        matrix: Matrix,
-        per: u32,
-    ) -> Result<Input, Error> {
-        let k = matrix.k;
-        if matrix.scales.is_none() {
-            return Ok(bf16(x, k));
-        }
-        let rows = self.max * per as usize;
-        let values = prepared.room(device, "e4m3", rows * k as usize)?;
-        let scales = prepared.room(device, "e4m3 scales", 4 * rows * k.div_ceil(128) as usize)?;
-        linear::quantize(device, self.count, per, self.most * per, x, k, k, values, scales)?;
-        Ok(Input { values, scales: Some(scales), stride: k, gather: None })
-    }
-
-    fn linear(
-        &self,
-        device: &Device,
-        prepared: &mut Prepared,
-        x: Address,
-        weight: &Linear,
-        out: Address,
-    ) -> Result<(), Error> {
-        let input = self.input(device, prepared, x, weight.matrix(), 1)?;
-        let output = Output { values: out, stride: weight.n, f32: false };
-        linear::linear(device, weight.matrix(), input, output, self.runs(), Batch::ONE)
-    }
-
-    /// A bf16 matrix for each head: (weights, columns in, their stride), then (columns out, their stride).
-    fn heads(
-        &self,
-        device: &Device,
-        shape: &Shape,
-        (weights, k, from): (Address, u32, usize),
-        x: Address,
-        (n, to): (u32, usize),
-        out: Address,
-    ) -> Result<(), Error> {
-        let (heads, from, to) = (shape.heads, from as u32, to as u32);
-        let matrix = Matrix { weights, scales: None, n, k };
-        let input = Input { stride: heads * from, ..bf16(x, k) };
-        let output = Output { values: out, stride: heads * to, f32: false };
-        let batch = Batch { count: heads, weights: 2 * n * k, input: 2 * from, output: to };
-        linear::linear(device, matrix, input, output, self.runs(), batch)
-    }
-
-    /// Latent rows to rows of some heads: `[rows][heads.count][n]`, by matrices `[heads.all][n][latent]`.
-    #[allow(clippy::too_many_arguments)]
-    fn up(
-        &self,
-        device: &Device,
-        shape: &Shape,
-        heads: &Heads,
-        weights: Address,
-        n: u32,
-        x: Address,
-        out: Address,
-    ) -> Result<(), Error> {
-        let bytes = 2 * n * shape.latent;
-        let weights = weights + u64::from(heads.first) * u64::from(bytes);
-        let matrix = Matrix { weights, scales: None, n, k: shape.latent };
-        let output = Output { values: out, stride: heads.count * n, f32: false };
-        let batch = Batch { count: heads.count, weights: bytes, input: 0, output: n };
-        linear::linear(device, matrix, bf16(x, shape.latent), output, self.runs(), batch)
-    }
-
-    fn mlp(
-        &self,
-        device: &Device,
-        prepared: &mut Prepared,
-        x: Address,
-        gate_up: &Linear,
-        down: &Linear,
-        out: Address,
-    ) -> Result<(), Error> {
-        let width = down.k;
-        let both = prepared.room(device, "gate and up", 4 * self.max * width as usize)?;
-        let inner = prepared.room(device, "activated", 2 * self.max * width as usize)?;
-        self.linear(device, prepared, x, gate_up, both)?;
-        moe::silu_mul(device, self.count, 1, self.most, both, width, inner)?;
-        self.linear(device, prepared, inner, down, out)
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn experts(
-        &self,
-        device: &Device,
-        prepared: &mut Prepared,
-        x: Address,
-        routing: &Routing,
-        experts: &Experts,
-        shared: Option<Address>,
-        out: Address,
-    ) -> Result<(), Error> {
-        let (top_k, count) = (routing.top_k, experts.count);
-        let (gate_up, down) = (experts.gate_up.matrix(), experts.down.matrix());
-        let (hidden, width) = (down.n, down.k);
-        let slots = self.max * top_k as usize;
-        let places = prepared.room(device, "places", moe::scratch_bytes(self.max as u32, top_k, count))?;
-        let both = prepared.room(device, "experts' gate and up", 4 * slots * width as usize)?;
-        let inner = prepared.room(device, "experts' activated", 2 * slots * width as usize)?;
-        let results = prepared.room(device, "experts' results", 2 * slots * hidden as usize)?;
-        // Twice the mean, so that few experts spill into a second tile and have their weights read again.
-        let tokens = linear::tile(2 * self.most * top_k / count);
-        let places = moe::place(device, self.count, self.most, top_k, count, tokens, routing.chosen, places)?;
-        let input = self.input(device, prepared, x, gate_up, 1)?;
-        let input = Input { gather: Some(places.row_at), ..input };
-        let output = Output { values: both, stride: 2 * width, f32: false };
-        linear::linear(device, gate_up, input, output, places.runs, Batch::ONE)?;
-        moe::silu_mul(device, self.count, top_k, self.most * top_k, both, width, inner)?;
-        let input = self.input(device, prepared, inner, down, top_k)?;
-        let output = Output { values: results, stride: hidden, f32: false };
-        linear::linear(device, down, input, output, places.runs, Batch::ONE)?;
-        let (count, rows, weights) = (self.count, self.most, routing.weights);
-        moe::combine(device, count, rows, top_k, results, &places, weights, shared, hidden, out)
     }
 }
 
