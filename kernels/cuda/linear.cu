@@ -12,14 +12,11 @@
 // Bound: weights' bytes over memory bandwidth for few rows, tensor cores for many. With few rows a block has 56 KB of weights on
 //       their way, so that even a narrow matrix, of few blocks, is streamed.
 #include "numbers.cuh"
+#include "tile.cuh"
 
 #define WEIGHT_ROWS 64
 #define CHUNK 128
 #define PITCH 144
-
-struct Tile {
-    uint32_t matrix, first, rows, unused;
-};
 
 // The launcher computes the same.
 template <int TOKENS>

@@ -4,10 +4,7 @@
 // so that the same routing gives the same places. Tiles are runs of at most TOKENS places of one expert.
 // Bound: bytes, and for few rows the latency of three small launches.
 #include "numbers.cuh"
-
-struct Tile {
-    uint32_t matrix, first, rows, unused;
-};
+#include "tile.cuh"
 
 // Slots of an expert. Grid: experts.
 extern "C" __global__ void __launch_bounds__(256)

@@ -93,7 +93,7 @@ impl Matrices {
             match &self.scales {
                 Some(scales) => self.fill_fp8(device, part, index, row, scales)?,
                 None => {
-                    send(device, &bf16_rows(part)?, self.weights.address() + (2 * first * self.k) as u64)?
+                    device.upload(&bf16_rows(part)?, self.weights.address() + (2 * first * self.k) as u64)?
                 }
             }
             row += part.rows;
@@ -121,10 +121,10 @@ impl Matrices {
         if part.bytes.iter().any(|byte| byte & 0x7f == 0x7f) {
             return Err(refuse(part, "contains NaN; the file is corrupt"));
         }
-        send(device, part.bytes, self.weights.address() + ((index * self.n + row) * self.k) as u64)?;
+        device.upload(part.bytes, self.weights.address() + ((index * self.n + row) * self.k) as u64)?;
         let (per_matrix, per_row) = (self.n.div_ceil(BLOCK), self.k.div_ceil(BLOCK));
         let first = (index * per_matrix + row / BLOCK) * per_row;
-        send(device, of.bytes, scales.address() + 4 * first as u64)
+        device.upload(of.bytes, scales.address() + 4 * first as u64)
     }
 }
 
@@ -283,12 +283,8 @@ fn f32_bytes(values: &[f32]) -> Vec<u8> {
 
 fn put(device: &Device, bytes: &[u8]) -> Result<Memory, Error> {
     let memory = device.alloc(bytes.len())?;
-    send(device, bytes, memory.address())?;
+    device.upload(bytes, memory.address())?;
     Ok(memory)
-}
-
-fn send(device: &Device, bytes: &[u8], to: Address) -> Result<(), Error> {
-    device.upload(bytes, to)
 }
 
 fn refuse(tensor: &Tensor<'_>, what: &str) -> Error {
