@@ -3,10 +3,11 @@
 //! argument `--json FILE` the figures go there too. Without a GPU it says so.
 
 use kernels::cuda::{
+    activate::{Quantised, Rows, Source, quantize, silu_mul_quantize},
     attention::{self, Heads, Span, absorbed_scratch_bytes, attend_absorbed, attend_direct},
     device::{Address, Device, Memory},
     elementwise::PoolLayer,
-    linear::{self, Batch, Input, Matrix, Output, Runs, linear, quantize},
+    linear::{self, Batch, Input, Matrix, Output, Runs, linear},
     moe,
     step::{Extent, StepAddresses},
 };
@@ -134,17 +135,19 @@ impl Bench {
             (self.device.alloc((rows * k) as usize).unwrap(), self.scales((rows * k / 128) as usize));
         let y = self.device.alloc(4 * rows as usize * n as usize).unwrap();
         let scale = |memory: &Memory| fp8.then_some(memory.address());
-        let matrix = Matrix { weights: weights.address(), scales: scale(&scales), n, k };
+        let matrix = Matrix { count: 1, weights: weights.address(), scales: scale(&scales), n, k };
         let values = if fp8 { q.address() } else { x.address() };
-        let input = Input { values, scales: scale(&q_scales), stride: k, gather: None };
+        let input = Input { values, scales: scale(&q_scales), stride: k };
         let output = Output { values: y.address(), stride: n, f32: !fp8 };
         let runs = Runs::Count { count: count.address(), most: rows };
         let bytes = (cells * element) as f64 + 2.0 * f64::from(rows) * f64::from(n + k);
         let operations = 2.0 * f64::from(rows) * cells as f64;
         self.time(format!("{name} {n} x {k}, {rows} rows"), bytes, operations, |device| {
             if fp8 {
-                let (q, s) = (q.address(), q_scales.address());
-                quantize(device, count.address(), 1, rows, x.address(), k, k, q, s).unwrap();
+                let all = Rows { count: count.address(), per: 1, most: rows };
+                let source = Source { values: x.address(), stride: k, row_at: None };
+                let to = Quantised { values: q.address(), scales: q_scales.address() };
+                quantize(device, all, source, k, to).unwrap();
             }
             linear(device, matrix, input, output, runs, Batch::ONE).unwrap();
         });
@@ -168,13 +171,14 @@ impl Bench {
         let weights = self.scales(slots);
         let x = self.random(2 * (rows * HIDDEN) as usize);
         let room = |bytes: usize| self.device.alloc(bytes).unwrap();
-        let (q, q_scales) = (room((rows * HIDDEN) as usize), room((rows * HIDDEN / 32) as usize));
-        let (both, inner) = (room(slots * 4 * WIDTH as usize), room(slots * 2 * WIDTH as usize));
+        let (q, q_scales) = (room(slots * HIDDEN as usize), room(slots * HIDDEN as usize / 32));
+        let both = room(slots * 4 * WIDTH as usize);
         let (inner_q, inner_scales) = (room(slots * WIDTH as usize), room(slots * WIDTH as usize / 32));
         let (results, out) = (room(slots * 2 * HIDDEN as usize), room(2 * (rows * HIDDEN) as usize));
         let scratch = room(moe::scratch_bytes(rows, TOP_K, EXPERTS));
         let tokens = linear::tile(2 * rows * TOP_K / EXPERTS);
         let matrix = |weights: &Memory, scales: &Memory, n, k| Matrix {
+            count: EXPERTS,
             weights: weights.address(),
             scales: Some(scales.address()),
             n,
@@ -184,83 +188,58 @@ impl Bench {
             matrix(&gate_up, &gate_up_scales, 2 * WIDTH, HIDDEN),
             matrix(&down, &down_scales, HIDDEN, WIDTH),
         );
-        let bytes = (touched.len() * per_expert) as f64
-            + slots as f64 * f64::from(HIDDEN + 8 * WIDTH + 2 * WIDTH + WIDTH + 2 * HIDDEN);
+        let weights_bytes = (touched.len() * per_expert) as f64;
+        let rows_bytes = |width: u32| slots as f64 * f64::from(width);
         let operations = 2.0 * slots as f64 * per_expert as f64;
-        self.time(
-            format!("routed experts, {rows} rows over {} experts", touched.len()),
-            bytes,
-            operations,
-            |device| {
-                let count = counts.address();
-                quantize(
-                    device,
-                    count,
-                    1,
-                    rows,
-                    x.address(),
-                    HIDDEN,
-                    HIDDEN,
-                    q.address(),
-                    q_scales.address(),
-                )
-                .unwrap();
-                let places = moe::place(
-                    device,
-                    count,
-                    rows,
-                    TOP_K,
-                    EXPERTS,
-                    tokens,
-                    chosen.address(),
-                    scratch.address(),
-                )
-                .unwrap();
-                let input = Input {
-                    values: q.address(),
-                    scales: Some(q_scales.address()),
-                    stride: HIDDEN,
-                    gather: Some(places.row_at),
-                };
-                let output = Output { values: both.address(), stride: 2 * WIDTH, f32: false };
-                linear(device, first, input, output, places.runs, Batch::ONE).unwrap();
-                let most = rows * TOP_K;
-                moe::silu_mul(device, count, TOP_K, most, both.address(), WIDTH, inner.address()).unwrap();
-                quantize(
-                    device,
-                    count,
-                    TOP_K,
-                    most,
-                    inner.address(),
-                    WIDTH,
-                    WIDTH,
-                    inner_q.address(),
-                    inner_scales.address(),
-                )
-                .unwrap();
-                let input = Input {
-                    values: inner_q.address(),
-                    scales: Some(inner_scales.address()),
-                    stride: WIDTH,
-                    gather: None,
-                };
-                let output = Output { values: results.address(), stride: HIDDEN, f32: false };
-                linear(device, second, input, output, places.runs, Batch::ONE).unwrap();
-                moe::combine(
-                    device,
-                    count,
-                    rows,
-                    TOP_K,
-                    results.address(),
-                    &places,
-                    weights.address(),
-                    None,
-                    HIDDEN,
-                    out.address(),
-                )
-                .unwrap();
-            },
-        );
+        let count = counts.address();
+        let copies = Rows { count, per: TOP_K, most: rows * TOP_K };
+        let quantised = |values: &Memory, scales: &Memory| Quantised {
+            values: values.address(),
+            scales: scales.address(),
+        };
+        let (to_first, to_second) = (quantised(&q, &q_scales), quantised(&inner_q, &inner_scales));
+        let input = |of: Quantised, stride| Input { values: of.values, scales: Some(of.scales), stride };
+        let place = |device: &Device| {
+            let (chosen, scratch) = (chosen.address(), scratch.address());
+            moe::place(device, count, rows, TOP_K, EXPERTS, tokens, chosen, scratch).unwrap()
+        };
+        let places = place(&self.device);
+        let quantised = |device: &Device| {
+            let source = Source { values: x.address(), stride: HIDDEN, row_at: Some(places.row_at) };
+            quantize(device, copies, source, HIDDEN, to_first).unwrap();
+        };
+        let gate_up = |device: &Device| {
+            let output = Output { values: both.address(), stride: 2 * WIDTH, f32: false };
+            linear(device, first, input(to_first, HIDDEN), output, places.runs, Batch::ONE).unwrap();
+        };
+        let activated =
+            |device: &Device| silu_mul_quantize(device, copies, both.address(), WIDTH, to_second).unwrap();
+        let down = |device: &Device| {
+            let output = Output { values: results.address(), stride: HIDDEN, f32: false };
+            linear(device, second, input(to_second, WIDTH), output, places.runs, Batch::ONE).unwrap();
+        };
+        let combined = |device: &Device| {
+            let (results, weights, out) = (results.address(), weights.address(), out.address());
+            moe::combine(device, count, rows, TOP_K, results, &places, weights, None, HIDDEN, out).unwrap();
+        };
+        let what = format!("routed experts, {rows} rows over {} experts", touched.len());
+        let all = weights_bytes + rows_bytes(HIDDEN + 8 * WIDTH + 2 * WIDTH + WIDTH + 2 * HIDDEN);
+        self.time(what, all, operations, |device| {
+            place(device);
+            quantised(device);
+            gate_up(device);
+            activated(device);
+            down(device);
+            combined(device);
+        });
+        self.time("- places".into(), 0.0, 0.0, |device| drop(place(device)));
+        self.time("- gathered and quantised".into(), rows_bytes(3 * HIDDEN), 0.0, quantised);
+        let bytes = weights_bytes * 2.0 / 3.0 + rows_bytes(HIDDEN + 4 * WIDTH);
+        self.time("- gate and up".into(), bytes, operations * 2.0 / 3.0, gate_up);
+        self.time("- activated".into(), rows_bytes(5 * WIDTH), 0.0, activated);
+        let bytes = weights_bytes / 3.0 + rows_bytes(WIDTH + 2 * HIDDEN);
+        self.time("- down".into(), bytes, operations / 3.0, down);
+        self.time("- weighted sum".into(), rows_bytes(2 * HIDDEN), 0.0, combined);
     }
 
     fn absorbed(&mut self, rows: u32, context: u32) {

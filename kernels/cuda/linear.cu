@@ -2,191 +2,190 @@
 //
 // FP8:  y = sum_b sx[t][b] sw[n / 128][b] (sum over the 128 k of block b of e4m3 x times e4m3 W): the inner sum by tensor cores
 //       in f32, promoted to a second accumulator each 128 k, because their own sum keeps about 14 bits.
-// Layouts: W [n][k] row-major, x [rows][k] with a stride, y [rows][n] with a stride; `gather`, if given, names the row of x that
-//       a row of y comes from. `tiles`, if given, are runs of rows that belong to one of several matrices (experts).
-// Threads: 4 warps. A block computes 64 rows of W (the M side: weights are what there is much of in decode) by TOKENS rows of x
-//       (the N side: 8 to 128); a warp 16 by TOKENS, with mma m16n8k32 (e4m3) or m16n8k16 (bf16). Both instructions
-//       see a k step of 32 bytes in the same arrangement, so one loop serves both.
-// Shared memory: a ring of stages (8 up to 32 rows, else 4), each (64 + TOKENS) rows of 128 bytes of k, padded to 144 so that the
-//       fragments' words fall into 32 different banks, and for FP8 the block's scales: TOKENS of x, one of W.
-// Bound: weights' bytes over memory bandwidth for few rows, tensor cores for many. With few rows a block has 56 KB of weights on
-//       their way, so that even a narrow matrix, of few blocks, is streamed.
+// Layouts: W [matrices][n][k] row-major, x [rows][k] with a stride, y [rows][n] with a stride. `tiles`, if given, are runs of rows
+//       that belong to one of several matrices (experts).
+// Threads: two warpgroups that multiply and one warp that loads. A block computes 128 rows of W (the M side: weights are what
+//       there is much of in decode) by TOKENS rows of x (the N side: 8 to 128); a warpgroup 64 by TOKENS. Of a tile with fewer
+//       rows only the tensor work that it needs is done.
+// Clusters: the blocks of a cluster share a tile, each takes a part of k; their sums are added in the order of k. So a narrow matrix,
+//       of few tiles, is streamed by many multiprocessors, and the same input gives the same bits.
+// Shared memory: a ring of stages, each (128 + TOKENS) rows of 128 bytes of k as the copy engine swizzles them, and for FP8
+//       the block's scales: TOKENS of x, one of W.
+// Bound: weights' bytes over memory bandwidth for few rows, tensor cores for many.
+#include <cooperative_groups.h>
+
 #include "numbers.cuh"
+#include "tensor.cuh"
 #include "tile.cuh"
 
-#define WEIGHT_ROWS 64
+#define WEIGHT_ROWS 128
 #define CHUNK 128
-#define PITCH 144
+#define CONSUMERS 256
+#define THREADS (CONSUMERS + 32)
+// Of a row of results in shared memory, in floats: so that the fragments' words fall into 32 different banks.
+#define PITCH (WEIGHT_ROWS + 4)
 
 // The launcher computes the same.
 template <int TOKENS>
 struct Ring {
-    static constexpr uint32_t stages = TOKENS <= 32 ? 8 : 4;
-    static constexpr uint32_t scales = (WEIGHT_ROWS + TOKENS) * PITCH;
-    static constexpr uint32_t stage_bytes = scales + 4 * TOKENS + 16;
+    static constexpr uint32_t stages = TOKENS == 128 ? 6 : 4;
+    static constexpr uint32_t blocks = TOKENS <= 16 ? 3 : TOKENS <= 64 ? 2 : 1;
+    static constexpr uint32_t weights = WEIGHT_ROWS * CHUNK;
+    static constexpr uint32_t bytes = weights + TOKENS * CHUNK;
+    static constexpr uint32_t scales = TOKENS + 4;
 };
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-// 16 bytes to shared memory; zeros if not `valid`.
-__device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
-    int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void copy4(void* to, const void* from, bool valid) {
-    int bytes = valid ? 4 : 0;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
-}
-
-template <bool FP8>
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if (FP8) {
-        asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    } else {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-}
-
-struct Operands {
-    const uint8_t* w;       // bytes of the matrix, k contiguous
-    const float* w_scales;  // FP8 only
-    const uint8_t* x;
-    const float* x_scales;  // FP8 only: [rows][k blocks]
-    const uint32_t* gather;
-    uint32_t n, k_bytes, x_stride_bytes, k_blocks;
-    uint32_t first, rows;  // of y and of gather, in this tile
-};
-
-// `source`: the row of x of every row of the tile.
-template <bool FP8, int TOKENS>
-__device__ __forceinline__ void load_chunk(const Operands& op, const uint32_t* source, uint32_t n0, uint32_t chunk,
-                                           uint8_t* stage) {
-    uint32_t k0 = chunk * CHUNK;
-    for (uint32_t i = threadIdx.x; i < WEIGHT_ROWS * 8; i += 128) {
-        uint32_t row = i / 8, k = k0 + i % 8 * 16;
-        bool valid = n0 + row < op.n && k < op.k_bytes;
-        const uint8_t* from = valid ? op.w + (uint64_t)(n0 + row) * op.k_bytes + k : op.w;
-        copy16(stage + row * PITCH + i % 8 * 16, from, valid);
-    }
-    uint8_t* tokens = stage + WEIGHT_ROWS * PITCH;
-    for (uint32_t i = threadIdx.x; i < TOKENS * 8; i += 128) {
-        uint32_t row = i / 8, k = k0 + i % 8 * 16;
-        bool valid = row < op.rows && k < op.k_bytes;
-        const uint8_t* from = valid ? op.x + (uint64_t)source[row] * op.x_stride_bytes + k : op.x;
-        copy16(tokens + row * PITCH + i % 8 * 16, from, valid);
-    }
-    if (FP8) {
-        float* scales = (float*)(stage + Ring<TOKENS>::scales);
-        uint32_t row = threadIdx.x;
-        bool valid = row < op.rows;
-        const float* from = valid ? op.x_scales + (uint64_t)source[row] * op.k_blocks + chunk : op.x_scales;
-        if (row < TOKENS) copy4(scales + row, from, valid);
-        if (row == 0) copy4(scales + TOKENS, op.w_scales + (uint64_t)(n0 / 128) * op.k_blocks + chunk, true);
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-template <bool FP8, int TOKENS>
-__device__ __forceinline__ void multiply_chunk(const uint8_t* stage, float (&sum)[TOKENS / 8][4]) {
-    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const uint8_t* w = stage + (warp * 16 + lane / 4) * PITCH + lane % 4 * 4;
-    const uint8_t* x = stage + (WEIGHT_ROWS + lane / 4) * PITCH + lane % 4 * 4;
-#pragma unroll
-    for (int step = 0; step < CHUNK / 32; step++) {
-        const uint8_t* at = w + step * 32;
-        uint32_t a[4] = {*(const uint32_t*)at, *(const uint32_t*)(at + 8 * PITCH), *(const uint32_t*)(at + 16),
-                         *(const uint32_t*)(at + 8 * PITCH + 16)};
-#pragma unroll
-        for (int j = 0; j < TOKENS / 8; j++) {
-            const uint8_t* b = x + j * 8 * PITCH + step * 32;
-            mma<FP8>(sum[j], a, *(const uint32_t*)b, *(const uint32_t*)(b + 16));
-        }
-    }
-}
 
 template <int TOKENS>
-__device__ __forceinline__ void promote(const uint8_t* stage, const float (&sum)[TOKENS / 8][4], float (&total)[TOKENS / 8][4]) {
-    const float* scales = (const float*)(stage + Ring<TOKENS>::scales);
+struct Shared {
+    uint8_t* stages;
+    float* scales;
+    uint64_t *full, *empty;
+    __device__ uint8_t* weights(uint32_t turn) const { return stages + turn % Ring<TOKENS>::stages * Ring<TOKENS>::bytes; }
+    __device__ uint8_t* tokens(uint32_t turn) const { return weights(turn) + Ring<TOKENS>::weights; }
+    __device__ float* scales_of(uint32_t turn) const { return scales + turn % Ring<TOKENS>::stages * Ring<TOKENS>::scales; }
+    __device__ uint64_t* full_of(uint32_t turn) const { return full + turn % Ring<TOKENS>::stages; }
+    __device__ uint64_t* empty_of(uint32_t turn) const { return empty + turn % Ring<TOKENS>::stages; }
+    __device__ static uint32_t phase(uint32_t turn) { return turn / Ring<TOKENS>::stages & 1; }
+};
+
+// What a block multiplies.
+struct Operands {
+    const CUtensorMap *w, *x;
+    const float* w_scales;  // FP8 only, of the tile: [k blocks]
+    const float* x_scales;  // FP8 only: [rows][k blocks]
+    uint32_t w_row, x_column;  // x_column in bytes
+    uint32_t first, rows;      // of x and y, in this tile
+    uint32_t k_blocks;
+    uint32_t begin, end;  // chunks of 128 bytes of k
+};
+
+// One warp fills the ring.
+template <bool FP8, int TOKENS>
+__device__ __forceinline__ void produce(const Operands& op, const Shared<TOKENS>& shared) {
     uint32_t lane = threadIdx.x % 32;
-    float sw = scales[TOKENS];
-#pragma unroll
-    for (int j = 0; j < TOKENS / 8; j++) {
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-            float scale = sw * scales[j * 8 + lane % 4 * 2 + c];
-            total[j][c] += scale * sum[j][c];
-            total[j][c + 2] += scale * sum[j][c + 2];
+    for (uint32_t chunk = op.begin; chunk < op.end; chunk++) {
+        uint32_t turn = chunk - op.begin;
+        if (turn >= Ring<TOKENS>::stages) barrier_wait(shared.empty_of(turn), shared.phase(turn) ^ 1);
+        uint64_t* full = shared.full_of(turn);
+        if (lane == 0) {
+            barrier_expect(full, Ring<TOKENS>::bytes);
+            load_box(shared.weights(turn), op.w, chunk * CHUNK, op.w_row, full);
+            load_box(shared.tokens(turn), op.x, op.x_column + chunk * CHUNK, op.first, full);
         }
+        if (FP8) {
+            float* scales = shared.scales_of(turn);
+            for (uint32_t row = lane; row < TOKENS; row += 32) {
+                bool valid = row < op.rows;
+                copy4(scales + row, op.x_scales + (uint64_t)(valid ? op.first + row : 0) * op.k_blocks + chunk, valid);
+            }
+            if (lane == 0) copy4(scales + TOKENS, op.w_scales + chunk, true);
+            barrier_arrive_copies(full);
+        }
+    }
+}
+
+template <int N>
+__device__ __forceinline__ void promote(const float* scales, float sw, const float (&sum)[N / 2], float (&total)[N / 2]) {
+    const float2* pairs = (const float2*)scales + threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        float2 sx = pairs[j * 4];
+        float even = sw * sx.x, odd = sw * sx.y;
+        total[4 * j] = fmaf(even, sum[4 * j], total[4 * j]);
+        total[4 * j + 1] = fmaf(odd, sum[4 * j + 1], total[4 * j + 1]);
+        total[4 * j + 2] = fmaf(even, sum[4 * j + 2], total[4 * j + 2]);
+        total[4 * j + 3] = fmaf(odd, sum[4 * j + 3], total[4 * j + 3]);
+    }
+}
+
+template <bool FP8, int N, int TOKENS>
+__device__ __forceinline__ void multiply_chunk(const Shared<TOKENS>& shared, uint32_t turn, float (&sum)[N / 2], bool add) {
+    uint64_t w = operand(shared.weights(turn) + threadIdx.x / 128 * 64 * CHUNK), x = operand(shared.tokens(turn));
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < CHUNK / 32; step++) wgmma<FP8, N>(sum, w + 2 * step, x + 2 * step, add || step > 0);
+    wgmma_commit();
+}
+
+// A warpgroup's 64 rows of W by N rows of x, left in shared memory: [N][PITCH].
+template <bool FP8, int N, int TOKENS>
+__device__ __forceinline__ void consume(const Operands& op, const Shared<TOKENS>& shared) {
+    uint32_t lane = threadIdx.x % 32, turns = op.end - op.begin;
+    float total[N / 2] = {};
+    for (uint32_t turn = 0; turn < turns; turn++) {
+        barrier_wait(shared.full_of(turn), shared.phase(turn));
+        if (FP8) {
+            float sum[N / 2];
+            multiply_chunk<FP8, N>(shared, turn, sum, false);
+            const float* scales = shared.scales_of(turn);
+            float sw = scales[TOKENS];
+            wgmma_wait<0>(sum);
+            promote<N>(scales, sw, sum, total);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(shared.empty_of(turn));
+        } else {
+            multiply_chunk<FP8, N>(shared, turn, total, turn > 0);
+            wgmma_wait<1>(total);
+            if (lane == 0 && turn > 0) barrier_arrive(shared.empty_of(turn - 1));
+        }
+    }
+    wgmma_wait<0>(total);
+    // Both warpgroups have read all stages: their memory holds the results now.
+    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+    float* results = (float*)shared.stages + threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        float* at = results + (j * 8 + lane % 4 * 2) * PITCH;
+        at[0] = total[4 * j];
+        at[PITCH] = total[4 * j + 1];
+        at[8] = total[4 * j + 2];
+        at[PITCH + 8] = total[4 * j + 3];
     }
 }
 
 __device__ __forceinline__ void store(bf16* y, float x) { *y = to_bf16(x); }
 __device__ __forceinline__ void store(float* y, float x) { *y = x; }
 
-template <bool FP8, int TOKENS, typename Out>
-__device__ __forceinline__ void product(const Operands& op, uint32_t n0, Out* y, uint32_t y_stride) {
-    extern __shared__ __align__(16) uint8_t shared[];
-    __shared__ uint32_t source[TOKENS];
-    constexpr uint32_t stages = Ring<TOKENS>::stages, stage_bytes = Ring<TOKENS>::stage_bytes;
-    if (threadIdx.x < op.rows) source[threadIdx.x] = op.gather ? op.gather[op.first + threadIdx.x] : op.first + threadIdx.x;
-    __syncthreads();
-    uint32_t chunks = (op.k_bytes + CHUNK - 1) / CHUNK;
-    float total[TOKENS / 8][4] = {};
-    for (uint32_t s = 0; s < stages - 1; s++) {
-        if (s < chunks) load_chunk<FP8, TOKENS>(op, source, n0, s, shared + s * stage_bytes);
-        else asm volatile("cp.async.commit_group;" ::: "memory");
-    }
-    for (uint32_t chunk = 0; chunk < chunks; chunk++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(stages - 2) : "memory");
-        __syncthreads();
-        uint32_t next = chunk + stages - 1;
-        if (next < chunks) load_chunk<FP8, TOKENS>(op, source, n0, next, shared + next % stages * stage_bytes);
-        else asm volatile("cp.async.commit_group;" ::: "memory");
-        const uint8_t* stage = shared + chunk % stages * stage_bytes;
-        if (FP8) {
-            float sum[TOKENS / 8][4] = {};
-            multiply_chunk<FP8, TOKENS>(stage, sum);
-            promote<TOKENS>(stage, sum, total);
-        } else {
-            multiply_chunk<FP8, TOKENS>(stage, total);
+__device__ __forceinline__ void store4(float* y, float4 x) { *(float4*)y = x; }
+__device__ __forceinline__ void store4(bf16* y, float4 x) {
+    __nv_bfloat162 low = __floats2bfloat162_rn(x.x, x.y), high = __floats2bfloat162_rn(x.z, x.w);
+    *(uint2*)y = {*(uint32_t*)&low, *(uint32_t*)&high};
+}
+
+// Adds the cluster's parts and writes them; each block some of the rows.
+template <typename Out>
+__device__ __forceinline__ void write(const float* results, uint32_t rows, uint32_t columns, Out* y, uint32_t y_stride) {
+    auto cluster = cooperative_groups::this_cluster();
+    uint32_t rank = cluster.block_rank(), splits = cluster.num_blocks();
+    bool aligned = ((uint64_t)y | (uint64_t)y_stride * sizeof(Out)) % (4 * sizeof(Out)) == 0;
+    for (uint32_t i = threadIdx.x; i < rows * WEIGHT_ROWS / 4; i += THREADS) {
+        uint32_t row = i / (WEIGHT_ROWS / 4), column = i % (WEIGHT_ROWS / 4) * 4;
+        if (row % splits != rank || column >= columns) continue;
+        float4 sum = {};
+        for (uint32_t part = 0; part < splits; part++) {
+            const float* from = splits == 1 ? results : cluster.map_shared_rank(results, part);
+            float4 add = *(const float4*)(from + row * PITCH + column);
+            sum = {sum.x + add.x, sum.y + add.y, sum.z + add.z, sum.w + add.w};
         }
-    }
-    // Through shared memory, so that rows of y are written in runs.
-    __syncthreads();
-    float* rows = (float*)shared;
-    const uint32_t pitch = WEIGHT_ROWS + 1;
-    uint32_t lane = threadIdx.x % 32, n = threadIdx.x / 32 * 16 + lane / 4;
-#pragma unroll
-    for (int j = 0; j < TOKENS / 8; j++) {
-        uint32_t row = j * 8 + lane % 4 * 2;
-        rows[row * pitch + n] = total[j][0];
-        rows[(row + 1) * pitch + n] = total[j][1];
-        rows[row * pitch + n + 8] = total[j][2];
-        rows[(row + 1) * pitch + n + 8] = total[j][3];
-    }
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < op.rows * WEIGHT_ROWS; i += 128) {
-        uint32_t row = i / WEIGHT_ROWS, column = i % WEIGHT_ROWS;
-        if (n0 + column < op.n) store(y + (uint64_t)(op.first + row) * y_stride + n0 + column, rows[row * pitch + column]);
+        Out* to = y + (uint64_t)row * y_stride + column;
+        if (aligned && column + 4 <= columns) {
+            store4(to, sum);
+        } else {
+            float four[4] = {sum.x, sum.y, sum.z, sum.w};
+            for (uint32_t c = 0; c < min(4u, columns - column); c++) store(to + c, four[c]);
+        }
     }
 }
 
-// Grid: rows of W / 64, runs of rows of x, batch. `count` is the number of rows of y, or with `tiles` that of tiles.
-// Batch: matrices, inputs and outputs lie `w_batch`, `x_batch` bytes and `y_batch` elements apart.
+// Grid: (rows of W / 128) clusters, runs of rows of x, batch. `count` is the number of rows of y, or with `tiles` that of tiles.
+// Batch: the matrices follow each other, inputs and outputs lie `x_batch` bytes and `y_batch` elements apart in their rows.
 template <bool FP8, int TOKENS, typename Out>
-__device__ __forceinline__ void linear(const uint8_t* w, const float* w_scales, const uint8_t* x, const float* x_scales,
-                                       const uint32_t* gather, const uint32_t* count, const Tile* tiles, Out* y, uint32_t n,
-                                       uint32_t k, uint32_t x_stride, uint32_t y_stride, uint32_t w_batch, uint32_t x_batch,
-                                       uint32_t y_batch) {
-    const uint32_t element = FP8 ? 1 : 2;
-    Tile tile = {0, blockIdx.y * TOKENS, 0, 0};
+__device__ __forceinline__ void linear(const CUtensorMap* w, const CUtensorMap* x, const float* w_scales,
+                                       const float* x_scales, const uint32_t* count, const Tile* tiles, Out* y, uint32_t n,
+                                       uint32_t k, uint32_t y_stride, uint32_t x_batch, uint32_t y_batch) {
+    extern __shared__ uint8_t dynamic[];
+    __shared__ uint64_t full[Ring<TOKENS>::stages], empty[Ring<TOKENS>::stages];
+    Tile tile = {blockIdx.z, blockIdx.y * TOKENS, 0, 0};
     if (tiles) {
         if (blockIdx.y >= *count) return;
         tile = tiles[blockIdx.y];
@@ -194,30 +193,57 @@ __device__ __forceinline__ void linear(const uint8_t* w, const float* w_scales, 
         if (tile.first >= *count) return;
         tile.rows = min((uint32_t)TOKENS, *count - tile.first);
     }
-    uint64_t matrix = (uint64_t)tile.matrix * n * k;
-    uint32_t k_blocks = (k + 127) / 128;
+    uint32_t chunks = (k * (FP8 ? 1 : 2) + CHUNK - 1) / CHUNK, k_blocks = (k + 127) / 128;
+    auto cluster = cooperative_groups::this_cluster();
+    uint32_t rank = cluster.block_rank(), splits = cluster.num_blocks(), n0 = blockIdx.x / splits * WEIGHT_ROWS;
     Operands op;
-    op.w = w + matrix * element + (uint64_t)blockIdx.z * w_batch;
-    op.w_scales = FP8 ? w_scales + (uint64_t)tile.matrix * ((n + 127) / 128) * k_blocks : nullptr;
-    op.x = x + (uint64_t)blockIdx.z * x_batch;
+    op.w = w;
+    op.x = x;
+    op.w_scales = FP8 ? w_scales + ((uint64_t)tile.matrix * ((n + 127) / 128) + n0 / 128) * k_blocks : nullptr;
     op.x_scales = x_scales;
-    op.gather = gather;
-    op.n = n;
-    op.k_bytes = k * element;
-    op.x_stride_bytes = x_stride * element;
-    op.k_blocks = k_blocks;
+    op.w_row = tile.matrix * n + n0;
+    op.x_column = blockIdx.z * x_batch;
     op.first = tile.first;
     op.rows = tile.rows;
-    product<FP8, TOKENS, Out>(op, blockIdx.x * WEIGHT_ROWS, y + (uint64_t)blockIdx.z * y_batch, y_stride);
+    op.k_blocks = k_blocks;
+    op.begin = chunks * rank / splits;
+    op.end = chunks * (rank + 1) / splits;
+    Shared<TOKENS> shared;
+    shared.stages = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;
+    shared.scales = (float*)(shared.stages + Ring<TOKENS>::stages * Ring<TOKENS>::bytes);
+    shared.full = full;
+    shared.empty = empty;
+    if (threadIdx.x < Ring<TOKENS>::stages) {
+        barrier_init(full + threadIdx.x, FP8 ? 1 + 32 : 1);
+        barrier_init(empty + threadIdx.x, CONSUMERS / 32);
+        barriers_ready();
+    }
+    __syncthreads();
+    if (threadIdx.x >= CONSUMERS) {
+        produce<FP8>(op, shared);
+    } else if (TOKENS == 128 && tile.rows <= 32) {
+        consume<FP8, TOKENS == 128 ? 32 : TOKENS>(op, shared);
+    } else if (TOKENS == 128 && tile.rows <= 64) {
+        consume<FP8, TOKENS == 128 ? 64 : TOKENS>(op, shared);
+    } else if (TOKENS == 128 && tile.rows <= 96) {
+        consume<FP8, TOKENS == 128 ? 96 : TOKENS>(op, shared);
+    } else {
+        consume<FP8, TOKENS>(op, shared);
+    }
+    if (splits == 1) __syncthreads();
+    else cluster.sync();
+    y += (uint64_t)blockIdx.z * y_batch + (uint64_t)tile.first * y_stride + n0;
+    write((const float*)shared.stages, tile.rows, min((uint32_t)WEIGHT_ROWS, n - n0), y, y_stride);
+    // Others still read this block's memory.
+    if (splits > 1) cluster.sync();
 }
 
 #define LINEAR(NAME, FP8, TOKENS, OUT)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128) NAME##_##TOKENS(                                                        \
-        const uint8_t* w, const float* w_scales, const uint8_t* x, const float* x_scales, const uint32_t* gather,             \
-        const uint32_t* count, const Tile* tiles, OUT* y, uint32_t n, uint32_t k, uint32_t x_stride, uint32_t y_stride,       \
-        uint32_t w_batch, uint32_t x_batch, uint32_t y_batch) {                                                               \
-        linear<FP8, TOKENS, OUT>(w, w_scales, x, x_scales, gather, count, tiles, y, n, k, x_stride, y_stride, w_batch,        \
-                                 x_batch, y_batch);                                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, Ring<TOKENS>::blocks) NAME##_##TOKENS(                              \
+        const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap x, const float* w_scales,                  \
+        const float* x_scales, const uint32_t* count, const Tile* tiles, OUT* y, uint32_t n, uint32_t k, uint32_t y_stride,   \
+        uint32_t x_batch, uint32_t y_batch) {                                                                                 \
+        linear<FP8, TOKENS, OUT>(&w, &x, w_scales, x_scales, count, tiles, y, n, k, y_stride, x_batch, y_batch);              \
     }
 
 #define LINEARS(NAME, FP8, OUT)  \
@@ -230,27 +256,3 @@ __device__ __forceinline__ void linear(const uint8_t* w, const float* w_scales, 
 LINEARS(linear_fp8, true, bf16)
 LINEARS(linear_bf16, false, bf16)
 LINEARS(linear_bf16_f32, false, float)
-
-// Rows of bf16 to e4m3 with a scale for each 128 channels: s = max(max |x|, 1e-4) / 448, q = e4m3(x / s), to nearest even.
-// Grid: rows by groups / 4; a warp takes a group. `count` rows, `per` times as many if rows are copies. Bound: bytes.
-extern "C" __global__ void __launch_bounds__(128)
-    quantize(const uint32_t* count, uint32_t per, const bf16* x, uint32_t stride, uint32_t k, uint8_t* q, float* scales) {
-    uint32_t row = blockIdx.x, lane = threadIdx.x % 32;
-    uint32_t group = blockIdx.y * 4 + threadIdx.x / 32, groups = (k + 127) / 128;
-    if (row >= *count * per || group >= groups) return;
-    const bf16* from = x + (uint64_t)row * stride + group * 128;
-    uint32_t column = group * 128 + lane * 4;
-    __align__(8) bf16 four[4] = {};
-    if (column < k) *(uint2*)four = *(const uint2*)(from + lane * 4);
-    float largest = 1e-4f;
-#pragma unroll
-    for (int i = 0; i < 4; i++) largest = fmaxf(largest, fabsf(to_f32(four[i])));
-    float scale = warp_max(largest) / 448.f;
-    if (lane == 0) scales[(uint64_t)row * groups + group] = scale;
-    uint32_t packed = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        packed |= (uint32_t)__nv_cvt_float_to_fp8(to_f32(four[i]) / scale, __NV_SATFINITE, __NV_E4M3) << (8 * i);
-    }
-    if (column < k) *(uint32_t*)(q + (uint64_t)row * k + column) = packed;
-}

@@ -1,4 +1,4 @@
-// Around the experts' products: where each copy of a row goes, the activation, the weighted sum.
+// Around the experts' products: where each copy of a row goes, and the weighted sum.
 //
 // A slot is a row's choice of an expert, `slot = row * top_k + rank`; slots are placed by expert, within one in their own order,
 // so that the same routing gives the same places. Tiles are runs of at most TOKENS places of one expert.
@@ -81,16 +81,6 @@ extern "C" __global__ void __launch_bounds__(256)
         next += before[8];
         __syncthreads();
     }
-}
-
-// out[row] = silu(both[row][0 .. width]) * both[row][width ..], for `*count * per` rows. Grid: rows by width / 256.
-extern "C" __global__ void __launch_bounds__(256)
-    silu_mul(const uint32_t* count, uint32_t per, const bf16* both, uint32_t width, bf16* out) {
-    uint32_t row = blockIdx.x, column = blockIdx.y * 256 + threadIdx.x;
-    if (row >= *count * per || column >= width) return;
-    const bf16* from = both + (uint64_t)row * 2 * width + column;
-    float gate = to_f32(from[0]), up = to_f32(from[width]);
-    out[(uint64_t)row * width + column] = to_bf16(gate / (1.f + __expf(-gate)) * up);
 }
 
 // out[row] = sum over slots, best first, of weight * at[place[slot]], then + shared[row]. Grid: rows by hidden / 256.

@@ -2,15 +2,16 @@
 
 use super::{
     CudaBackend,
+    activate::{self, Rows, Source},
     device::{Address, Device},
     elementwise,
     elementwise::LowQuery,
     gate,
     graphs::{self, Next},
-    linear::{self, Batch, Input, Output, Runs},
+    linear::{self, Batch, Output, Runs},
     memory::{Buffer, Prepared},
     mla::Attend,
-    rows::{Launch, bf16},
+    rows::{self, Launch, bf16},
     sample::{self, SampleResult},
     step::Step,
     weights::{Experts, Linear, Mla, Query, Table},
@@ -254,7 +255,12 @@ impl Backend for CudaBackend {
             return Ok(());
         }
         let at = prepared.step.addresses;
-        let input = Input { gather: Some(at.sample_row), ..bf16(x.address(), head.k) };
+        let rows = Rows { count: at.counts + 8, per: 1, most: step.extent.samples };
+        let source = Source { row_at: Some(at.sample_row), ..rows::rows(x.address(), head.k) };
+        let most = prepared.shape.max_sequences as usize;
+        let sampled = prepared.room(device, "sampled rows", 2 * most * head.k as usize)?;
+        activate::gather(device, rows, source, head.k, sampled)?;
+        let input = bf16(sampled, head.k);
         let output = Output { values: logits.address(), stride: head.n, f32: true };
         let runs = Runs::Count { count: at.counts + 8, most: step.extent.samples };
         linear::linear(device, head.matrix(), input, output, runs, Batch::ONE)
@@ -361,12 +367,15 @@ fn prompt_logprobs(
         return Ok(());
     }
     let logits = prepared.room(device, "prompt logits", 4 * LOGPROB_ROWS * head.n as usize)?;
+    let gathered = prepared.room(device, "prompt rows", 2 * LOGPROB_ROWS * head.k as usize)?;
     let tokenizer_size = prepared.shape.tokenizer_size;
     let column = |index: usize| step.wanted_at + 4 * (index * total) as u64;
     for (chunk, first) in (0..total).step_by(LOGPROB_ROWS).enumerate() {
         let (rows, at) = ((total - first).min(LOGPROB_ROWS) as u32, 4 * first as u64);
         let count = column(3) + 4 * chunk as u64;
-        let input = Input { gather: Some(column(0) + at), ..bf16(x, head.k) };
+        let source = Source { row_at: Some(column(0) + at), ..rows::rows(x, head.k) };
+        activate::gather(device, Rows { count, per: 1, most: rows }, source, head.k, gathered)?;
+        let input = bf16(gathered, head.k);
         let output = Output { values: logits, stride: head.n, f32: true };
         linear::linear(device, head.matrix(), input, output, Runs::Count { count, most: rows }, Batch::ONE)?;
         let results = prepared.prompt_results() + (first * sample::RESULT_BYTES) as u64;

@@ -24,36 +24,52 @@ pub struct Grid {
     pub blocks: [u32; 3],
     pub threads: u32,
     pub shared: u32,
+    /// Blocks next to each other that run together and read each other's shared memory.
+    pub cluster: u32,
 }
 
 impl Grid {
     pub fn new(blocks: impl Into<[u32; 3]>, threads: u32) -> Grid {
-        Grid { blocks: blocks.into(), threads, shared: 0 }
+        Grid { blocks: blocks.into(), threads, shared: 0, cluster: 1 }
     }
 
     pub fn shared(self, shared: u32) -> Grid {
         Grid { shared, ..self }
     }
+
+    pub fn clusters_of(self, cluster: u32) -> Grid {
+        Grid { cluster, ..self }
+    }
 }
 
-/// Arguments of a kernel, in the order of its parameters. Each lies in eight bytes of its own.
+/// Arguments of a kernel, in the order of its parameters. Each begins at a word of its own.
 #[derive(Default)]
-pub struct Args(Vec<u64>);
+pub struct Args {
+    words: Vec<u64>,
+    begins: Vec<usize>,
+}
 
 impl Args {
-    pub fn ptr(mut self, address: Address) -> Args {
-        self.0.push(address);
+    fn push(mut self, words: &[u64]) -> Args {
+        self.begins.push(self.words.len());
+        self.words.extend_from_slice(words);
         self
     }
 
-    pub fn u32(mut self, value: u32) -> Args {
-        self.0.push(u64::from(value));
-        self
+    pub fn ptr(self, address: Address) -> Args {
+        self.push(&[address])
     }
 
-    pub fn f32(mut self, value: f32) -> Args {
-        self.0.push(u64::from(value.to_bits()));
-        self
+    pub fn u32(self, value: u32) -> Args {
+        self.push(&[u64::from(value)])
+    }
+
+    pub fn map(self, map: &TensorMap) -> Args {
+        self.push(&map.0.opaque)
+    }
+
+    pub fn f32(self, value: f32) -> Args {
+        self.push(&[u64::from(value.to_bits())])
     }
 
     pub fn u64(self, value: u64) -> Args {
@@ -95,22 +111,38 @@ impl Device {
     pub fn launch(&self, name: &str, grid: Grid, args: Args) -> Result<(), Error> {
         let function = self.functions.get(name);
         let function = function.ok_or_else(|| Error::Device(format!("no kernel is called {name}")))?;
-        let Args(mut values) = args;
+        let Args { mut words, begins } = args;
         let mut pointers: Vec<*mut c_void> =
-            values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
-        let [x, y, z] = grid.blocks;
+            begins.iter().map(|begin| std::ptr::from_mut(&mut words[*begin]).cast()).collect();
+        let mut cluster = cluster_attribute(grid.cluster);
+        let config = self.config(grid, &mut cluster);
         // SAFETY: the launcher in the twin file passes what the kernel declares.
         let launched = unsafe {
-            result::launch_kernel(
+            sys::cuLaunchKernelEx(
+                &config,
                 function.cu_function(),
-                (x, y, z),
-                (grid.threads, 1, 1),
-                grid.shared,
-                self.stream.cu_stream(),
-                &mut pointers,
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
+            .result()
         };
         launched.map_err(|error| Error::Device(format!("{name} {grid:?}: {error}")))
+    }
+
+    fn config(&self, grid: Grid, cluster: &mut sys::CUlaunchAttribute) -> sys::CUlaunchConfig {
+        let [x, y, z] = grid.blocks;
+        sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: self.stream.cu_stream(),
+            attrs: cluster,
+            numAttrs: u32::from(grid.cluster > 1),
+        }
     }
 
     pub fn alloc(&self, bytes: usize) -> Result<Memory, Error> {
@@ -147,6 +179,53 @@ impl Device {
 
     pub fn synchronize(&self) -> Result<(), Error> {
         self.stream.synchronize().map_err(device)
+    }
+}
+
+fn cluster_attribute(x: u32) -> sys::CUlaunchAttribute {
+    let dimension = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y: 1, z: 1 };
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { clusterDim: dimension },
+    }
+}
+
+/// Rows in device memory as the tensor copy engine fetches them: boxes of 128 bytes of some rows, swizzled by 128 bytes, zeros
+/// outside.
+pub struct TensorMap(sys::CUtensorMap);
+
+impl TensorMap {
+    /// `rows` of `bytes` each, `stride` bytes apart, fetched `at_once` rows at a time.
+    pub fn rows(
+        address: Address,
+        [rows, bytes]: [u32; 2],
+        stride: u32,
+        at_once: u32,
+    ) -> Result<TensorMap, Error> {
+        let mut map = std::mem::MaybeUninit::uninit();
+        // SAFETY: two dimensions, one stride between them; the driver writes the map or says why not.
+        let made = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                map.as_mut_ptr(),
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                2,
+                address as *mut c_void,
+                [u64::from(bytes), u64::from(rows)].as_ptr(),
+                [u64::from(stride)].as_ptr(),
+                [128, at_once].as_ptr(),
+                [1, 1].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+            .result()
+        };
+        let what = || format!("{rows} rows of {bytes} bytes, {stride} apart, at {address:#x}");
+        made.map_err(|error| Error::Device(format!("tensor map of {}: {error}", what())))?;
+        // SAFETY: written above.
+        Ok(TensorMap(unsafe { map.assume_init() }))
     }
 }
 

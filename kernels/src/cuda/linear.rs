@@ -1,6 +1,6 @@
 //! Launchers of `kernels/cuda/linear.cu`.
 
-use super::device::{Address, Args, Device, Grid};
+use super::device::{Address, Args, Device, Grid, TensorMap};
 use crate::Error;
 
 pub(super) const KERNELS: &[&str] = &[
@@ -19,17 +19,37 @@ pub(super) const KERNELS: &[&str] = &[
     "linear_bf16_f32_32",
     "linear_bf16_f32_64",
     "linear_bf16_f32_128",
-    "quantize",
 ];
 
-/// Rows of a weight matrix that one block computes, and the bytes of k and the padding that it holds of each.
-const WEIGHT_ROWS: u32 = 64;
-const PITCH: u32 = 144;
+/// Rows of a weight matrix that one block computes, and the bytes of k that it has of each in a stage.
+const WEIGHT_ROWS: u32 = 128;
+const CHUNK: u32 = 128;
+const THREADS: u32 = 256 + 32;
+/// Blocks that may share a tile, each with a part of k: a cluster of Hopper's portable size.
+const MOST_SPLITS: u32 = 8;
+/// A block has at least so many stages of k.
+const LEAST_CHUNKS: u32 = 4;
 
-/// Shared memory of a block: stages of rows, then scales.
+/// Shared memory of a block: stages of rows, then scales; and what aligning the stages to 1024 may take.
 fn ring_bytes(tokens: u32) -> u32 {
-    let stages = if tokens <= 32 { 8 } else { 4 };
-    stages * ((WEIGHT_ROWS + tokens) * PITCH + 4 * tokens + 16)
+    let stages = if tokens == 128 { 6 } else { 4 };
+    stages * ((WEIGHT_ROWS + tokens) * CHUNK + 4 * (tokens + 4)) + 1024
+}
+
+/// Blocks that run at once on a multiprocessor.
+fn resident(tokens: u32) -> u32 {
+    match tokens {
+        ..=16 => 3,
+        17..=64 => 2,
+        _ => 1,
+    }
+}
+
+/// Parts of k for `blocks` tiles: as many as the multiprocessors run at once.
+fn splits(device: &Device, blocks: u32, chunks: u32, tokens: u32) -> u32 {
+    let room = device.multiprocessors * resident(tokens) / blocks.max(1);
+    let most = room.min(chunks / LEAST_CHUNKS).clamp(1, MOST_SPLITS);
+    1 << most.ilog2()
 }
 
 /// Input rows a block computes: the least that holds the rows one matrix gets.
@@ -37,9 +57,10 @@ pub fn tile(rows: u32) -> u32 {
     rows.next_power_of_two().clamp(8, 128)
 }
 
-/// `[n][k]` on the device; FP8 if it has scales.
+/// `count` matrices `[n][k]` on the device, one after the other; FP8 if they have scales.
 #[derive(Clone, Copy)]
 pub struct Matrix {
+    pub count: u32,
     pub weights: Address,
     pub scales: Option<Address>,
     pub n: u32,
@@ -52,8 +73,6 @@ pub struct Input {
     pub values: Address,
     pub scales: Option<Address>,
     pub stride: u32,
-    /// u32: the input row that each output row comes from; as they are if absent.
-    pub gather: Option<Address>,
 }
 
 /// Rows of width n, `stride` elements apart.
@@ -69,21 +88,21 @@ pub struct Output {
 pub enum Runs {
     /// u32 on the device: how many; at most `most`.
     Count { count: Address, most: u32 },
-    /// Tiles of `tokens` rows on the device, each of one matrix of several; how many there are, at most `most`.
-    Tiles { count: Address, tiles: Address, tokens: u32, most: u32 },
+    /// Tiles of `tokens` rows on the device, each of one matrix of several; how many there are, at most `most`, over
+    /// at most `rows` rows.
+    Tiles { count: Address, tiles: Address, tokens: u32, most: u32, rows: u32 },
 }
 
-/// As many products at once, their parts so far from each other: bytes of weights and inputs, elements of outputs.
+/// As many products at once, of matrices that follow each other; inputs and outputs lie so many elements apart in their rows.
 #[derive(Clone, Copy)]
 pub struct Batch {
     pub count: u32,
-    pub weights: u32,
     pub input: u32,
     pub output: u32,
 }
 
 impl Batch {
-    pub const ONE: Batch = Batch { count: 1, weights: 0, input: 0, output: 0 };
+    pub const ONE: Batch = Batch { count: 1, input: 0, output: 0 };
 }
 
 /// `y[t] = W x[t]`.
@@ -96,59 +115,33 @@ pub fn linear(
     batch: Batch,
 ) -> Result<(), Error> {
     let element = if matrix.scales.is_some() { 1 } else { 2 };
-    if !(matrix.k * element).is_multiple_of(16) || !(input.stride * element).is_multiple_of(16) {
+    let (k_bytes, stride_bytes) = (matrix.k * element, input.stride * element);
+    if !k_bytes.is_multiple_of(16) || !stride_bytes.is_multiple_of(16) {
         let (k, stride) = (matrix.k, input.stride);
         return Err(Error::Unsupported(format!("k {k} at stride {stride}: rows must begin at 16 bytes")));
     }
-    let (count, tiles, tokens, runs) = match runs {
-        Runs::Count { count, most } => (count, 0, tile(most), most.div_ceil(tile(most))),
-        Runs::Tiles { count, tiles, tokens, most } => (count, tiles, tokens, most),
+    let (count, tiles, tokens, runs, rows) = match runs {
+        Runs::Count { count, most } => (count, 0, tile(most), most.div_ceil(tile(most)), most),
+        Runs::Tiles { count, tiles, tokens, most, rows } => (count, tiles, tokens, most, rows),
     };
+    if runs == 0 {
+        return Ok(());
+    }
     let family = match (matrix.scales, output.f32) {
         (Some(_), false) => "linear_fp8",
         (None, false) => "linear_bf16",
         (None, true) => "linear_bf16_f32",
         (Some(_), true) => return Err(Error::Unsupported("FP8 weights with f32 results".to_string())),
     };
-    let args = Args::default()
-        .ptr(matrix.weights)
-        .ptr(matrix.scales.unwrap_or(0))
-        .ptr(input.values)
-        .ptr(input.scales.unwrap_or(0))
-        .ptr(input.gather.unwrap_or(0))
-        .ptr(count)
-        .ptr(tiles)
-        .ptr(output.values);
-    let args = args.u32(matrix.n).u32(matrix.k).u32(input.stride).u32(output.stride);
-    let args = args.u32(batch.weights).u32(batch.input).u32(batch.output);
-    let grid = Grid::new([matrix.n.div_ceil(WEIGHT_ROWS), runs, batch.count], 128);
-    match runs {
-        0 => Ok(()),
-        _ => device.launch(&format!("{family}_{tokens}"), grid.shared(ring_bytes(tokens)), args),
-    }
-}
-
-/// bf16 rows, `stride` apart, to e4m3 rows and their scales. There are `*count × per` rows, at most `most`.
-#[allow(clippy::too_many_arguments)]
-pub fn quantize(
-    device: &Device,
-    count: Address,
-    per: u32,
-    most: u32,
-    x: Address,
-    stride: u32,
-    k: u32,
-    values: Address,
-    scales: Address,
-) -> Result<(), Error> {
-    let args = Args::default().ptr(count).u32(per).ptr(x).u32(stride).u32(k).ptr(values).ptr(scales);
-    if !k.is_multiple_of(16) || !stride.is_multiple_of(4) {
-        return Err(Error::Unsupported(format!(
-            "FP8 rows of {k} at stride {stride}: not multiples of 16 and 4"
-        )));
-    }
-    match most {
-        0 => Ok(()),
-        _ => device.launch("quantize", Grid::new([most, k.div_ceil(4 * 128), 1], 128), args),
-    }
+    let width = if batch.count == 1 { k_bytes } else { stride_bytes };
+    let weights = TensorMap::rows(matrix.weights, [matrix.count * matrix.n, k_bytes], k_bytes, WEIGHT_ROWS)?;
+    let inputs = TensorMap::rows(input.values, [rows, width], stride_bytes, tokens)?;
+    let args = Args::default().map(&weights).map(&inputs);
+    let args = args.ptr(matrix.scales.unwrap_or(0)).ptr(input.scales.unwrap_or(0)).ptr(count).ptr(tiles);
+    let args = args.ptr(output.values).u32(matrix.n).u32(matrix.k).u32(output.stride);
+    let args = args.u32(batch.input * element).u32(batch.output);
+    let blocks = matrix.n.div_ceil(WEIGHT_ROWS);
+    let splits = splits(device, blocks * runs * batch.count, k_bytes.div_ceil(CHUNK), tokens);
+    let grid = Grid::new([blocks * splits, runs, batch.count], THREADS).shared(ring_bytes(tokens));
+    device.launch(&format!("{family}_{tokens}"), grid.clusters_of(splits), args)
 }

@@ -3,6 +3,7 @@
 //! the device but `download`.
 
 pub mod absorb;
+pub mod activate;
 pub mod attention;
 mod backend;
 pub mod device;
@@ -49,6 +50,7 @@ impl CudaBackend {
 /// Families and the kernels that their launchers name; the binary is checked to hold them all when a device is opened.
 pub(crate) const FAMILIES: &[(&str, &[&str])] = &[
     ("absorb", absorb::KERNELS),
+    ("activate", activate::KERNELS),
     ("attention", attention::KERNELS),
     ("elementwise", elementwise::KERNELS),
     ("gate", gate::KERNELS),

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::Error;
 
-pub(super) const KERNELS: &[&str] = &["moe_count", "moe_tiles", "moe_place", "silu_mul", "moe_combine"];
+pub(super) const KERNELS: &[&str] = &["moe_count", "moe_tiles", "moe_place", "moe_combine"];
 
 /// A tile on the device.
 const TILE_BYTES: u32 = 16;
@@ -68,24 +68,11 @@ pub fn place(
     device.launch("moe_tiles", Grid::new([1, 1, 1], 256), args)?;
     let args = Args::default().ptr(counts).u32(top_k).ptr(chosen).ptr(first_of).ptr(place).ptr(row_at);
     device.launch("moe_place", Grid::new([experts, 1, 1], 256), args)?;
-    Ok(Places { place, row_at, runs: Runs::Tiles { count: tile_count, tiles, tokens, most } })
-}
-
-/// `out = silu(gate) ⊙ up`, of rows `gate | up`. There are `*count × per` rows, at most `most`.
-pub fn silu_mul(
-    device: &Device,
-    count: Address,
-    per: u32,
-    most: u32,
-    both: Address,
-    width: u32,
-    out: Address,
-) -> Result<(), Error> {
-    let args = Args::default().ptr(count).u32(per).ptr(both).u32(width).ptr(out);
-    match most {
-        0 => Ok(()),
-        _ => device.launch("silu_mul", Grid::new([most, width.div_ceil(256), 1], 256), args),
-    }
+    Ok(Places {
+        place,
+        row_at,
+        runs: Runs::Tiles { count: tile_count, tiles, tokens, most, rows: rows * top_k },
+    })
 }
 
 /// `out[t] = Σ_slot weight · at[place[slot]] + shared[t]`, slots in the gate's order.

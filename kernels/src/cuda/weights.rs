@@ -58,6 +58,7 @@ impl Linear {
 pub struct Matrices {
     weights: Memory,
     scales: Option<Memory>,
+    pub count: usize,
     pub n: usize,
     pub k: usize,
 }
@@ -69,6 +70,7 @@ impl Matrices {
         Ok(Matrices {
             weights: device.alloc(bytes)?,
             scales: fp8.then(|| device.alloc(scales)).transpose()?,
+            count,
             n,
             k,
         })

@@ -4,8 +4,9 @@ use crate::support::{self, assert_close};
 use kernels::{
     Dtype, Scales, Tensor,
     cuda::{
+        activate::{Quantised, Rows, Source, gather, quantize},
         device::Device,
-        linear::{Batch, Input, Matrix, Output, Runs, linear, quantize},
+        linear::{Batch, Input, Matrix, Output, Runs, linear},
     },
 };
 
@@ -57,7 +58,8 @@ pub fn product(w: &[f32], x: &[f32], k: usize) -> Vec<f32> {
 }
 
 /// (rows, n, k): fewer rows than a tile, more than one tile, edges that do not divide.
-const SIZES: [(usize, usize, usize); 9] = [
+/// tiles of which only a part has rows; k in parts by several blocks.
+const SIZES: [(usize, usize, usize); 15] = [
     (1, 128, 128),
     (3, 576, 256),
     (17, 64, 384),
@@ -67,6 +69,12 @@ const SIZES: [(usize, usize, usize); 9] = [
     (300, 128, 128),
     (5, 96, 208),
     (9, 160, 7168),
+    (128, 256, 2048),
+    (150, 384, 1024),
+    (180, 136, 1024),
+    (224, 128, 640),
+    (64, 2112, 7168),
+    (1, 131, 16384),
 ];
 /// Columns between rows of y that must stay as they are.
 const GAP: usize = 8;
@@ -89,24 +97,17 @@ fn run(
     let groups = k.div_ceil(128);
     let (q, q_scales) = (support::poisoned(device, rows * k), support::poisoned(device, 4 * rows * groups));
     let k32 = k as u32;
-    quantize(
-        device,
-        count.address(),
-        1,
-        rows as u32,
-        x_memory.address(),
-        k32,
-        k32,
-        q.address(),
-        q_scales.address(),
-    )
-    .unwrap();
+    let all = Rows { count: count.address(), per: 1, most: rows as u32 };
+    let source = Source { values: x_memory.address(), stride: k32, row_at: None };
+    let to = Quantised { values: q.address(), scales: q_scales.address() };
+    quantize(device, all, source, k32, to).unwrap();
     let input = match fp8 {
-        Some(_) => Input { values: q.address(), scales: Some(q_scales.address()), stride: k32, gather: None },
-        None => Input { values: x_memory.address(), scales: None, stride: k32, gather: None },
+        Some(_) => Input { values: q.address(), scales: Some(q_scales.address()), stride: k32 },
+        None => Input { values: x_memory.address(), scales: None, stride: k32 },
     };
     let y = support::poisoned(device, rows * (n + GAP) * if f32 { 4 } else { 2 });
     let matrix = Matrix {
+        count: 1,
         weights: weights.address(),
         scales: w_scales.as_ref().map(|m| m.address()),
         n: n as u32,
@@ -134,14 +135,15 @@ fn linear_and_quantize_without_rows() {
         support::poisoned(&device, 7 * 128),
         support::poisoned(&device, 7 * 4),
     );
-    let matrix = Matrix { weights: x.address(), scales: None, n: 7, k: 128 };
-    let input = Input { values: x.address(), scales: None, stride: 128, gather: None };
+    let matrix = Matrix { count: 1, weights: x.address(), scales: None, n: 7, k: 128 };
+    let input = Input { values: x.address(), scales: None, stride: 128 };
     let output = Output { values: y.address(), stride: 128, f32: false };
     for most in [0, 7] {
         let runs = Runs::Count { count: count.address(), most };
         linear(&device, matrix, input, output, runs, Batch::ONE).unwrap();
-        let (x, q, scales) = (x.address(), q.address(), scales.address());
-        quantize(&device, count.address(), 1, most, x, 128, 128, q, scales).unwrap();
+        let rows = Rows { count: count.address(), per: 1, most };
+        let to = Quantised { values: q.address(), scales: scales.address() };
+        quantize(&device, rows, Source { values: x.address(), stride: 128, row_at: None }, 128, to).unwrap();
     }
     let written = [&y, &q, &scales].map(|memory| support::download(&device, memory)).concat();
     assert!(written.iter().all(|byte| *byte == 0xff), "rows beyond the step are not written");
@@ -176,28 +178,32 @@ fn linear_bf16_to_bf16_and_to_f32() {
     }
 }
 
-/// A matrix for each head, inputs and outputs interleaved by head, as the absorbed form has them; and gathered rows.
+/// A matrix for each head, inputs and outputs interleaved by head, as the absorbed form has them; of gathered rows.
 #[test]
 fn linear_batched_and_gathered() {
     let Some(device) = support::device() else { return };
     let (rows, heads, n, k) = (5usize, 3usize, 512usize, 128usize);
     let w = support::random_bf16(heads * n * k, 50);
     let x = support::random_bf16(9 * heads * k, 51);
-    let gather: Vec<u32> = vec![8, 0, 3, 3, 5];
+    let row_at: Vec<u32> = vec![8, 0, 3, 3, 5];
     let [w_at, x_at] = [&w, &x].map(|values| support::upload_bf16(&device, values));
-    let (rows_at, gather_at) =
-        (support::upload_u32(&device, &[rows as u32]), support::upload_u32(&device, &gather));
-    let y = support::poisoned(&device, rows * heads * n * 2);
-    let matrix = Matrix { weights: w_at.address(), scales: None, n: n as u32, k: k as u32 };
+    let count = support::upload_u32(&device, &[rows as u32]);
+    let row_at_memory = support::upload_u32(&device, &row_at);
     let stride = (heads * k) as u32;
-    let input = Input { values: x_at.address(), scales: None, stride, gather: Some(gather_at.address()) };
+    let gathered = support::poisoned(&device, 7 * heads * k * 2);
+    let source = Source { values: x_at.address(), stride, row_at: Some(row_at_memory.address()) };
+    let all = Rows { count: count.address(), per: 1, most: 7 };
+    gather(&device, all, source, stride, gathered.address()).unwrap();
+    let y = support::poisoned(&device, rows * heads * n * 2);
+    let matrix =
+        Matrix { count: heads as u32, weights: w_at.address(), scales: None, n: n as u32, k: k as u32 };
+    let input = Input { values: gathered.address(), scales: None, stride };
     let output = Output { values: y.address(), stride: (heads * n) as u32, f32: false };
-    let runs = Runs::Count { count: rows_at.address(), most: 7 };
-    let batch =
-        Batch { count: heads as u32, weights: (n * k * 2) as u32, input: (k * 2) as u32, output: n as u32 };
+    let runs = Runs::Count { count: count.address(), most: 7 };
+    let batch = Batch { count: heads as u32, input: k as u32, output: n as u32 };
     linear(&device, matrix, input, output, runs, batch).unwrap();
     let mut expected = vec![0.0; rows * heads * n];
-    for (row, from) in gather.iter().enumerate() {
+    for (row, from) in row_at.iter().enumerate() {
         for head in 0..heads {
             let x = &x[(*from as usize * heads + head) * k..][..k];
             let y = product(&w[head * n * k..][..n * k], x, k);

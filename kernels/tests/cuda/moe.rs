@@ -5,9 +5,10 @@ use crate::{
     support::{self, assert_close, bf16},
 };
 use kernels::cuda::{
-    device::{Device, Memory},
-    linear::{Batch, Input, Matrix, Output, Runs, linear, quantize},
-    moe::{combine, place, scratch_bytes, silu_mul},
+    activate::{Quantised, Rows, Source, gather, quantize, silu_mul, silu_mul_quantize},
+    device::{Address, Device, Memory},
+    linear::{Batch, Input, Matrix, Output, Runs, linear},
+    moe::{combine, place, scratch_bytes},
 };
 
 const HIDDEN: usize = 256;
@@ -91,45 +92,43 @@ fn run(device: &Device, of: &Weights, case: &Case<'_>) -> Vec<f32> {
     let shared = shared.map(|rows| support::upload_bf16(device, rows));
     let scratch = support::poisoned(device, scratch_bytes(launched, TOP_K as u32, EXPERTS as u32));
     let room = |bytes: usize| support::poisoned(device, bytes);
-    let (q, q_scales) = (room(rows * HIDDEN), room(4 * rows * HIDDEN / 128));
-    let (both, inner) = (room(slots * 2 * WIDTH * 2), room(slots * WIDTH * 2));
-    let (inner_q, inner_scales, at) = (room(slots * WIDTH), room(4 * slots), room(slots * HIDDEN * 2));
-    let out = room((rows + 1) * HIDDEN * 2);
     let (hidden, width, top_k) = (HIDDEN as u32, WIDTH as u32, TOP_K as u32);
+    let copied = launched as usize * TOP_K;
+    let (x_room, x_scales) = (room(copied * HIDDEN * 2), room(4 * copied * HIDDEN / 128));
+    let (inner, inner_scales) = (room(copied * WIDTH * 2), room(4 * copied));
+    let (both, at) = (room(slots * 2 * WIDTH * 2), room(slots * HIDDEN * 2));
+    let out = room((rows + 1) * HIDDEN * 2);
     let (count, experts) = (counts.address(), EXPERTS as u32);
-    quantize(device, count, 1, launched, x_at.address(), hidden, hidden, q.address(), q_scales.address())
-        .unwrap();
     let places =
         place(device, count, launched, top_k, experts, tokens, chosen_at.address(), scratch.address())
             .unwrap();
     let expert = |(weights, scales): &(Memory, Option<Memory>), n, k| Matrix {
+        count: experts,
         weights: weights.address(),
         scales: scales.as_ref().map(Memory::address),
         n,
         k,
     };
-    let input = |plain: &Memory, q: &Memory, scales: &Memory, stride, gather| match of.bf16 {
-        true => Input { values: plain.address(), scales: None, stride, gather },
-        false => Input { values: q.address(), scales: Some(scales.address()), stride, gather },
+    let copies = Rows { count, per: top_k, most: launched * top_k };
+    let source = Source { values: x_at.address(), stride: hidden, row_at: Some(places.row_at) };
+    let to =
+        |values: &Memory, scales: &Memory| Quantised { values: values.address(), scales: scales.address() };
+    match of.bf16 {
+        true => gather(device, copies, source, hidden, x_room.address()).unwrap(),
+        false => quantize(device, copies, source, hidden, to(&x_room, &x_scales)).unwrap(),
+    }
+    let input = |values: &Memory, scales: &Memory, stride| {
+        let scales: Option<Address> = (!of.bf16).then_some(scales.address());
+        Input { values: values.address(), scales, stride }
     };
-    let gathered = input(&x_at, &q, &q_scales, hidden, Some(places.row_at));
     let output = Output { values: both.address(), stride: 2 * width, f32: false };
+    let gathered = input(&x_room, &x_scales, hidden);
     linear(device, expert(&gate_up, 2 * width, hidden), gathered, output, places.runs, Batch::ONE).unwrap();
-    let most = launched * top_k;
-    silu_mul(device, count, top_k, most, both.address(), width, inner.address()).unwrap();
-    quantize(
-        device,
-        count,
-        top_k,
-        most,
-        inner.address(),
-        width,
-        width,
-        inner_q.address(),
-        inner_scales.address(),
-    )
-    .unwrap();
-    let placed = input(&inner, &inner_q, &inner_scales, width, None);
+    match of.bf16 {
+        true => silu_mul(device, copies, both.address(), width, inner.address()).unwrap(),
+        false => silu_mul_quantize(device, copies, both.address(), width, to(&inner, &inner_scales)).unwrap(),
+    }
+    let placed = input(&inner, &inner_scales, width);
     let output = Output { values: at.address(), stride: hidden, f32: false };
     linear(device, expert(&down, hidden, width), placed, output, places.runs, Batch::ONE).unwrap();
     combine(
@@ -156,13 +155,16 @@ fn run(device: &Device, of: &Weights, case: &Case<'_>) -> Vec<f32> {
 fn compare(of: &Weights) {
     let Some(device) = support::device() else { return };
     // Rows, tile, and how slots choose: none, spread, all alike, two experts only.
-    let choices: [(usize, u32, Choose); 6] = [
+    let choices: [(usize, u32, Choose); 9] = [
         (0, 8, |_| 0),
         (1, 8, |slot| (slot * 5) as u32 % 6),
         (7, 8, |slot| (slot * 5 + slot / 2) as u32 % 6),
         (300, 16, |slot| (slot * 7 + slot / 3) as u32 % 6),
         (70, 8, |_| 3),
         (129, 128, |slot| 2 * (slot as u32 % 2)),
+        (100, 32, |slot| (slot * slot) as u32 % 6),
+        (400, 128, |slot| (slot * 7 + slot / 3) as u32 % 6),
+        (200, 64, |slot| (slot % 5) as u32 / 4),
     ];
     for (index, (rows, tokens, choose)) in choices.into_iter().enumerate() {
         let x = support::random_bf16(rows * HIDDEN, 7 + rows as u64);
@@ -232,7 +234,8 @@ fn silu_mul_rows() {
     let (count, both_at) =
         (support::upload_u32(&device, &[rows as u32]), support::upload_bf16(&device, &both));
     let out = support::poisoned(&device, (rows + 1) * width * 2);
-    silu_mul(&device, count.address(), 1, 6, both_at.address(), width as u32, out.address()).unwrap();
+    let all = Rows { count: count.address(), per: 1, most: 6 };
+    silu_mul(&device, all, both_at.address(), width as u32, out.address()).unwrap();
     let silu = |x: f32| x / (1.0 + (-x).exp());
     let expected: Vec<f32> = (both.chunks_exact(2 * width))
         .flat_map(|row| (0..width).map(|i| silu(row[i]) * row[width + i]))
