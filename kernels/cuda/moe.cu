@@ -83,6 +83,54 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
+// Sum over this thread and those before it, of 1024.
+__device__ __forceinline__ uint2 sum_to_here(uint2 own) {
+    __shared__ uint2 warps[32];
+    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (uint32_t distance = 1; distance < 32; distance *= 2) {
+        uint32_t x = __shfl_up_sync(0xffffffffu, own.x, distance), y = __shfl_up_sync(0xffffffffu, own.y, distance);
+        if (lane >= distance) own = {own.x + x, own.y + y};
+    }
+    if (lane == 31) warps[warp] = own;
+    __syncthreads();
+    for (uint32_t i = 0; i < warp; i++) own = {own.x + warps[i].x, own.y + warps[i].y};
+    return own;
+}
+
+// What the three kernels above do, for at most 1024 slots and experts, by one block: a thread has a slot, then an expert.
+extern "C" __global__ void __launch_bounds__(1024)
+    moe_place_few(const uint32_t* counts, uint32_t top_k, const uint32_t* chosen, uint32_t tokens, uint32_t* row_at,
+                  uint32_t* tile_count, Tile* tiles) {
+    __shared__ uint32_t expert_of[1024], count_of[1024];
+    uint32_t slots = counts[0] * top_k, thread = threadIdx.x, before = 0;
+    uint32_t expert = thread < slots ? chosen[thread] : 0xffffffffu;
+    expert_of[thread] = expert;
+    count_of[thread] = 0;
+    __syncthreads();
+    if (thread < slots) atomicAdd(count_of + expert, 1);
+    if (thread < slots) {
+        for (uint32_t slot = 0; slot < thread; slot++) before += expert_of[slot] == expert;
+    }
+    __syncthreads();
+    uint32_t count = count_of[thread], tiles_of = (count + tokens - 1) / tokens;
+    uint2 sum = sum_to_here({count, tiles_of});
+    uint32_t first = sum.x - count, tile = sum.y - tiles_of;
+    count_of[thread] = first;
+    for (uint32_t done = 0; done < count; done += tokens) {
+        tiles[tile++] = {thread, first + done, min(tokens, count - done), 0};
+    }
+    if (thread == 1023) {
+        tile_count[0] = sum.y;
+        tile_count[1] = sum.x;
+    }
+    __syncthreads();
+    if (thread < slots) {
+        uint32_t at = count_of[expert] + before;
+        place[thread] = at;
+        row_at[at] = thread / top_k;
+    }
+}
+
 // out[row] = sum over slots, best first, of weight * at[place[slot]], then + shared[row]. Grid: rows by hidden / 256.
 extern "C" __global__ void __launch_bounds__(256)
     moe_combine(const uint32_t* counts, uint32_t top_k, const bf16* at, const uint32_t* place, const float* weights,

@@ -19,8 +19,12 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+// Arrives at the barrier that lies at the same place in block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(
+                     shared_address(barrier)),
+                 "r"(rank)
+                 : "memory");
 }
 
 // Arrives when the copies (cp.async) that this thread has begun are complete.
@@ -47,6 +51,16 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint3
         : "memory");
 }
 
+// As load_box, to the same place in every block of the cluster whose bit is set; each one's barrier counts the bytes.
+__device__ __forceinline__ void load_box_for(uint16_t blocks, void* to, const CUtensorMap* map, uint32_t column, uint32_t row,
+                                             uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::
+            "r"(shared_address(to)),
+        "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
+        : "memory");
+}
+
 // 4 bytes to shared memory; zeros if not `valid`.
 __device__ __forceinline__ void copy4(void* to, const void* from, bool valid) {
     int bytes = valid ? 4 : 0;
@@ -57,6 +71,17 @@ __device__ __forceinline__ void copy4(void* to, const void* from, bool valid) {
 // engine does it (128-byte swizzle). Begins at a multiple of 1024; 32 bytes further along k add 2.
 __device__ __forceinline__ uint64_t operand(const void* rows) {
     return (uint64_t)(shared_address(rows) >> 4) | 1ull << 16 | (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+// Registers of each thread of this warpgroup, out of what the block's others have given away.
+template <int COUNT>
+__device__ __forceinline__ void registers_up() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+__device__ __forceinline__ void registers_down() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

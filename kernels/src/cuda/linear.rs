@@ -24,7 +24,6 @@ pub(super) const KERNELS: &[&str] = &[
 /// Rows of a weight matrix that one block computes, and the bytes of k that it has of each in a stage.
 const WEIGHT_ROWS: u32 = 128;
 const CHUNK: u32 = 128;
-const THREADS: u32 = 256 + 32;
 /// Blocks that may share a tile, each with a part of k: a cluster of Hopper's portable size.
 const MOST_SPLITS: u32 = 8;
 /// A block has at least so many stages of k.
@@ -32,18 +31,32 @@ const LEAST_CHUNKS: u32 = 4;
 
 /// Shared memory of a block: stages of rows, then scales; and what aligning the stages to 1024 may take.
 fn ring_bytes(tokens: u32) -> u32 {
-    let stages = if tokens == 128 { 6 } else { 4 };
+    let stages = match tokens {
+        ..=32 => 4,
+        33..=64 => 8,
+        _ => 6,
+    };
     stages * ((WEIGHT_ROWS + tokens) * CHUNK + 4 * (tokens + 4)) + 1024
+}
+
+/// Threads of a block: two warpgroups multiply; a warp loads, or a warpgroup that gives its registers away.
+fn threads(tokens: u32) -> u32 {
+    256 + if tokens == 128 { 128 } else { 32 }
 }
 
 /// Blocks that run at once on a multiprocessor.
 fn resident(tokens: u32) -> u32 {
     match tokens {
         ..=16 => 3,
-        17..=64 => 2,
+        17..=32 => 2,
         _ => 1,
     }
 }
+
+/// Rows of x that are fetched at once.
+const BOX: u32 = 32;
+/// Blocks that share the rows of x, if there are enough rows for their products to be bound by fetching.
+const SHARE: u32 = 2;
 
 /// Parts of k for `blocks` tiles: as many as the multiprocessors run at once.
 fn splits(device: &Device, blocks: u32, chunks: u32, tokens: u32) -> u32 {
@@ -135,13 +148,19 @@ pub fn linear(
     };
     let width = if batch.count == 1 { k_bytes } else { stride_bytes };
     let weights = TensorMap::rows(matrix.weights, [matrix.count * matrix.n, k_bytes], k_bytes, WEIGHT_ROWS)?;
-    let inputs = TensorMap::rows(input.values, [rows, width], stride_bytes, tokens)?;
+    let inputs = TensorMap::rows(input.values, [rows, width], stride_bytes, tokens.min(BOX))?;
     let args = Args::default().map(&weights).map(&inputs);
     let args = args.ptr(matrix.scales.unwrap_or(0)).ptr(input.scales.unwrap_or(0)).ptr(count).ptr(tiles);
     let args = args.ptr(output.values).u32(matrix.n).u32(matrix.k).u32(output.stride);
     let args = args.u32(batch.input * element).u32(batch.output);
     let blocks = matrix.n.div_ceil(WEIGHT_ROWS);
     let splits = splits(device, blocks * runs * batch.count, k_bytes.div_ceil(CHUNK), tokens);
-    let grid = Grid::new([blocks * splits, runs, batch.count], THREADS).shared(ring_bytes(tokens));
-    device.launch(&format!("{family}_{tokens}"), grid.clusters_of(splits), args)
+    let share = if tokens == 128 && splits == 1 { share() } else { 1 };
+    let grid = [blocks.next_multiple_of(share) * splits, runs, batch.count];
+    let grid = Grid::new(grid, threads(tokens)).shared(ring_bytes(tokens)).clusters_of(splits * share);
+    device.launch(&format!("{family}_{tokens}"), grid, args.u32(splits))
+}
+
+fn share() -> u32 {
+    std::env::var("SHARE").map_or(SHARE, |s| s.parse().unwrap())
 }
