@@ -99,8 +99,8 @@ __device__ __forceinline__ uint2 sum_to_here(uint2 own) {
 
 // What the three kernels above do, for at most 1024 slots and experts, by one block: a thread has a slot, then an expert.
 extern "C" __global__ void __launch_bounds__(1024)
-    moe_place_few(const uint32_t* counts, uint32_t top_k, const uint32_t* chosen, uint32_t tokens, uint32_t* row_at,
-                  uint32_t* tile_count, Tile* tiles) {
+    moe_place_few(const uint32_t* counts, uint32_t top_k, const uint32_t* chosen, uint32_t tokens, uint32_t* place,
+                  uint32_t* row_at, uint32_t* tile_count, Tile* tiles) {
     __shared__ uint32_t expert_of[1024], count_of[1024];
     uint32_t slots = counts[0] * top_k, thread = threadIdx.x, before = 0;
     uint32_t expert = thread < slots ? chosen[thread] : 0xffffffffu;

@@ -6,12 +6,14 @@ use super::{
 };
 use crate::Error;
 
-pub(super) const KERNELS: &[&str] = &["moe_count", "moe_tiles", "moe_place", "moe_combine"];
+pub(super) const KERNELS: &[&str] = &["moe_count", "moe_tiles", "moe_place", "moe_place_few", "moe_combine"];
 
 /// A tile on the device.
 const TILE_BYTES: u32 = 16;
 /// Experts that the block which lists tiles can take: four a thread.
 const MOST_EXPERTS: u32 = 1024;
+/// Slots that one block can place.
+const FEW_SLOTS: u32 = 1024;
 
 /// Where the copies of rows lie, by expert.
 #[derive(Clone, Copy)]
@@ -61,13 +63,17 @@ pub fn place(
     let slots_of = row_at + 4 * slots;
     let first_of = slots_of + 4 * u64::from(experts);
     let tile_count = first_of + 4 * u64::from(experts);
-    let args = Args::default().ptr(counts).u32(top_k).ptr(chosen).ptr(slots_of);
-    device.launch("moe_count", Grid::new([experts, 1, 1], 256), args)?;
-    let args =
-        Args::default().ptr(slots_of).u32(experts).u32(tokens).ptr(first_of).ptr(tile_count).ptr(tiles);
-    device.launch("moe_tiles", Grid::new([1, 1, 1], 256), args)?;
-    let args = Args::default().ptr(counts).u32(top_k).ptr(chosen).ptr(first_of).ptr(place).ptr(row_at);
-    device.launch("moe_place", Grid::new([experts, 1, 1], 256), args)?;
+    let args = Args::default().ptr(counts).u32(top_k).ptr(chosen);
+    if rows * top_k <= FEW_SLOTS {
+        let args = args.u32(tokens).ptr(place).ptr(row_at).ptr(tile_count).ptr(tiles);
+        device.launch("moe_place_few", Grid::new([1, 1, 1], 1024), args)?;
+    } else {
+        device.launch("moe_count", Grid::new([experts, 1, 1], 256), args.ptr(slots_of))?;
+        let args = Args::default().ptr(slots_of).u32(experts).u32(tokens).ptr(first_of).ptr(tile_count);
+        device.launch("moe_tiles", Grid::new([1, 1, 1], 256), args.ptr(tiles))?;
+        let args = Args::default().ptr(counts).u32(top_k).ptr(chosen).ptr(first_of).ptr(place).ptr(row_at);
+        device.launch("moe_place", Grid::new([experts, 1, 1], 256), args)?;
+    }
     Ok(Places {
         place,
         row_at,
