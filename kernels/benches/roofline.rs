@@ -67,9 +67,17 @@ fn main() {
     for rows in [4096, 16384] {
         bench.direct(rows);
     }
-    let json: Vec<String> =
-        std::env::args().skip_while(|argument| argument != "--json").skip(1).take(1).collect();
-    bench.report(json.first().map(String::as_str));
+    bench.report(option("--json").as_deref());
+}
+
+/// The argument after `name`.
+fn option(name: &str) -> Option<String> {
+    std::env::args().skip_while(|argument| argument != name).nth(1)
+}
+
+/// Whether the operation is measured: `--only TEXT` leaves out those whose names do not contain the text.
+fn wanted(name: &str) -> bool {
+    option("--only").is_none_or(|only| name.contains(&only))
 }
 
 impl Bench {
@@ -127,6 +135,9 @@ impl Bench {
     }
 
     fn dense(&mut self, name: &str, rows: u32, n: u32, k: u32, fp8: bool) {
+        if !wanted(name) {
+            return;
+        }
         let (cells, element) = ((n * k) as usize, if fp8 { 1 } else { 2 });
         let weights = self.random(cells * element);
         let scales = self.scales(n.div_ceil(128) as usize * (k / 128) as usize);
@@ -155,6 +166,9 @@ impl Bench {
 
     /// Both products of the routed experts with everything between, rows spread evenly at random.
     fn experts(&mut self, rows: u32) {
+        if !wanted("experts") {
+            return;
+        }
         let slots = (rows * TOP_K) as usize;
         let chosen: Vec<u32> = (0..rows)
             .flat_map(|row| (0..TOP_K).map(move |j| (row * 97 + j * 41 + row / 3) % EXPERTS))
@@ -245,6 +259,9 @@ impl Bench {
     }
 
     fn absorbed(&mut self, rows: u32, context: u32) {
+        if !wanted("attention") {
+            return;
+        }
         let blocks = context / 64;
         let pool = self.random((rows * blocks) as usize * 64 * 576 * 2);
         let tables: Vec<u32> = (0..rows * blocks).collect();
@@ -274,6 +291,9 @@ impl Bench {
     }
 
     fn direct(&mut self, rows: u32) {
+        if !wanted("attention") {
+            return;
+        }
         attention::check_direct(128, 128).unwrap();
         let per_head = (rows * HEADS) as usize * 128 * 2;
         let (query, k, v) = (self.random(per_head / 2 * 3), self.random(per_head), self.random(per_head));
