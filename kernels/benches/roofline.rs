@@ -3,7 +3,7 @@
 //! argument `--json FILE` the figures go there too. Without a GPU it says so.
 
 use kernels::cuda::{
-    activate::{Quantised, Rows, Source, quantize, silu_mul_quantize},
+    activate::{Quantised, RowScales, Rows, Source, quantize, silu_mul_quantize},
     attention::{self, Heads, Span, absorbed_scratch_bytes, attend_absorbed, attend_direct},
     device::{Address, Device, Memory},
     elementwise::PoolLayer,
@@ -143,12 +143,13 @@ impl Bench {
         let scales = self.scales(n.div_ceil(128) as usize * (k / 128) as usize);
         let (x, count) = (self.random(2 * (rows * k) as usize), self.words(&[rows]));
         let (q, q_scales) =
-            (self.device.alloc((rows * k) as usize).unwrap(), self.scales((rows * k / 128) as usize));
+            (self.device.alloc((rows * k) as usize).unwrap(), self.scales(((rows + 3) * k / 128) as usize));
         let y = self.device.alloc(4 * rows as usize * n as usize).unwrap();
-        let scale = |memory: &Memory| fp8.then_some(memory.address());
-        let matrix = Matrix { count: 1, weights: weights.address(), scales: scale(&scales), n, k };
+        let row_scales = RowScales { values: q_scales.address(), pitch: RowScales::pitch(rows) };
+        let matrix =
+            Matrix { count: 1, weights: weights.address(), scales: fp8.then_some(scales.address()), n, k };
         let values = if fp8 { q.address() } else { x.address() };
-        let input = Input { values, scales: scale(&q_scales), stride: k };
+        let input = Input { values, scales: fp8.then_some(row_scales), stride: k };
         let output = Output { values: y.address(), stride: n, f32: !fp8 };
         let runs = Runs::Count { count: count.address(), most: rows };
         let bytes = (cells * element) as f64 + 2.0 * f64::from(rows) * f64::from(n + k);
@@ -157,7 +158,7 @@ impl Bench {
             if fp8 {
                 let all = Rows { count: count.address(), per: 1, most: rows };
                 let source = Source { values: x.address(), stride: k, row_at: None };
-                let to = Quantised { values: q.address(), scales: q_scales.address() };
+                let to = Quantised { values: q.address(), scales: row_scales };
                 quantize(device, all, source, k, to).unwrap();
             }
             linear(device, matrix, input, output, runs, Batch::ONE).unwrap();
@@ -209,7 +210,7 @@ impl Bench {
         let copies = Rows { count, per: TOP_K, most: rows * TOP_K };
         let quantised = |values: &Memory, scales: &Memory| Quantised {
             values: values.address(),
-            scales: scales.address(),
+            scales: RowScales { values: scales.address(), pitch: rows * TOP_K },
         };
         let (to_first, to_second) = (quantised(&q, &q_scales), quantised(&inner_q, &inner_scales));
         let input = |of: Quantised, stride| Input { values: of.values, scales: Some(of.scales), stride };

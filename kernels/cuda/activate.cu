@@ -1,7 +1,7 @@
 // Rows on their way into a product: gathered, activated, and quantised for FP8 weights.
 //
 // FP8: e4m3 with a scale for each 128 channels: s = max(max |x|, 1e-4) / 448, q = e4m3(x / s), to nearest even.
-// Layouts: rows [rows][k] with a stride, q [rows][k], scales [rows][ceil(k / 128)]; `both` is [rows][gate | up].
+// Layouts: rows [rows][k] with a stride, q [rows][k], scales [ceil(k / 128)][pitch >= rows]; `both` is [rows][gate | up].
 // Grid: rows by some blocks of 4 warps; a warp takes a group of 128 channels after the other. Bound: bytes.
 #include "numbers.cuh"
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ Four activate(const bf16* gate, const bf16* up) {
 // `*count * per` rows; row i is x[row_at[i]] if row_at is given, else x[i].
 extern "C" __global__ void __launch_bounds__(128) quantize(const uint32_t* count, uint32_t per, const uint32_t* row_at,
                                                            const bf16* x, uint32_t stride, uint32_t k, uint8_t* q,
-                                                           float* scales) {
+                                                           float* scales, uint32_t pitch) {
     uint32_t row = blockIdx.x, groups = (k + 127) / 128, lane = threadIdx.x % 32;
     if (row >= *count * per) return;
     const bf16* from = x + (uint64_t)(row_at ? row_at[row] : row) * stride;
@@ -51,13 +51,14 @@ extern "C" __global__ void __launch_bounds__(128) quantize(const uint32_t* count
         uint32_t column = group * 128 + lane * 4;
         bool valid = column < k;
         Four four = valid ? load4(from + column) : Four{};
-        quantize_group(four, valid, q + (uint64_t)row * k + column, scales + (uint64_t)row * groups + group);
+        quantize_group(four, valid, q + (uint64_t)row * k + column, scales + (uint64_t)group * pitch + row);
     }
 }
 
 // As quantize, of silu(both[row][0 .. k]) * both[row][k ..].
 extern "C" __global__ void __launch_bounds__(128) silu_mul_quantize(const uint32_t* count, uint32_t per, const bf16* both,
-                                                                    uint32_t k, uint8_t* q, float* scales) {
+                                                                    uint32_t k, uint8_t* q, float* scales,
+                                                                    uint32_t pitch) {
     uint32_t row = blockIdx.x, groups = (k + 127) / 128, lane = threadIdx.x % 32;
     if (row >= *count * per) return;
     const bf16* from = both + (uint64_t)row * 2 * k;
@@ -65,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(128) silu_mul_quantize(const uint32
         uint32_t column = group * 128 + lane * 4;
         bool valid = column < k;
         Four four = valid ? activate(from + column, from + k + column) : Four{};
-        quantize_group(four, valid, q + (uint64_t)row * k + column, scales + (uint64_t)row * groups + group);
+        quantize_group(four, valid, q + (uint64_t)row * k + column, scales + (uint64_t)group * pitch + row);
     }
 }
 

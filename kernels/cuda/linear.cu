@@ -2,9 +2,9 @@
 //
 // FP8:  y = sum_b sx[t][b] sw[n / 128][b] (sum over the 128 k of block b of e4m3 x times e4m3 W): the inner sum by tensor cores
 //       in f32, promoted to a second accumulator each 128 k, because their own sum keeps about 14 bits.
-// Layouts: W [matrices][n][k] row-major, x [rows][k] with a stride, y [rows][n] with a stride. `tiles`, if given, are runs of rows
+// Layouts: W [matrices][n][k] row-major, x [rows][k] with a stride and its scales [k blocks][rows], y [rows][n] with a stride. `tiles`, if given, are runs of rows
 //       that belong to one of several matrices (experts).
-// Threads: two warpgroups that multiply and one warp that loads. A block computes 128 rows of W (the M side: weights are what
+// Threads: two warpgroups that multiply and one thread that loads. A block computes 128 rows of W (the M side: weights are what
 //       there is much of in decode) by TOKENS rows of x (the N side: 8 to 128); a warpgroup 64 by TOKENS. Of a tile with fewer
 //       rows only the tensor work that it needs is done.
 // Clusters: either `splits` blocks share a tile, each takes a part of k, and their sums are added in the order of k: a narrow matrix,
@@ -12,7 +12,7 @@
 //       cluster have different rows of W and the same rows of x, and each fetches a part of these for all: with tiles of
 //       128 by 128 and no sharing, FP8 tensor cores ask for more than the second-level cache delivers.
 // Shared memory: a ring of stages, each (128 + TOKENS) rows of 128 bytes of k as the copy engine swizzles them, and for FP8
-//       the block's scales: TOKENS of x, one of W.
+//       the scales of TOKENS rows of x.
 // Bound: weights' bytes over memory bandwidth for few rows, tensor cores for many.
 #include <cooperative_groups.h>
 
@@ -33,11 +33,10 @@ struct Ring {
     static constexpr uint32_t blocks = TOKENS <= 16 ? 3 : TOKENS == 32 ? 2 : 1;
     // A whole warpgroup loads where registers are short: it can give its own away.
     static constexpr uint32_t threads = CONSUMERS + (TOKENS == 128 ? 128 : 32);
-    // Rows of x that are fetched at once.
-    static constexpr uint32_t box = TOKENS <= 32 ? TOKENS : 32;
     static constexpr uint32_t weights = WEIGHT_ROWS * CHUNK;
     static constexpr uint32_t bytes = weights + TOKENS * CHUNK;
-    static constexpr uint32_t scales = TOKENS + 4;
+    // In floats: the copy engine writes where 128 bytes begin.
+    static constexpr uint32_t scales = TOKENS < 32 ? 32 : TOKENS;
 };
 
 template <int TOKENS>
@@ -56,8 +55,8 @@ struct Shared {
 // What a block multiplies.
 struct Operands {
     const CUtensorMap *w, *x;
-    const float* w_scales;  // FP8 only, of the tile: [k blocks]
-    const float* x_scales;  // FP8 only: [rows][k blocks]
+    const float* w_scales;        // FP8 only, of the tile: [k blocks]
+    const CUtensorMap* x_scales;  // FP8 only
     uint32_t w_row, x_column;  // x_column in bytes
     uint32_t first, rows;      // of x and y, in this tile
     uint32_t k_blocks;
@@ -65,36 +64,23 @@ struct Operands {
     uint32_t share, rank, base;  // blocks with the same rows of x; this one among them; the first of them
 };
 
-// One warp fills the ring.
+// One thread fills the ring.
 template <bool FP8, int TOKENS>
 __device__ __forceinline__ void produce(const Operands& op, const Shared<TOKENS>& shared) {
-    uint32_t lane = threadIdx.x % 32;
-    constexpr uint32_t box = Ring<TOKENS>::box, box_bytes = box * CHUNK;
-    uint32_t boxes = (op.rows + box - 1) / box;
+    uint32_t box = TOKENS / op.share, boxes = (op.rows + box - 1) / box;
+    uint32_t bytes = Ring<TOKENS>::weights + boxes * box * CHUNK + (FP8 ? 4 * TOKENS : 0);
     uint16_t everyone = (1 << op.share) - 1;
     for (uint32_t chunk = op.begin; chunk < op.end; chunk++) {
-        uint32_t turn = chunk - op.begin;
+        uint32_t turn = chunk - op.begin, column = op.x_column + chunk * CHUNK;
         if (turn >= Ring<TOKENS>::stages) barrier_wait(shared.empty_of(turn), shared.phase(turn) ^ 1);
         uint64_t* full = shared.full_of(turn);
-        if (lane == 0) {
-            barrier_expect(full, Ring<TOKENS>::weights + boxes * box_bytes);
-            load_box(shared.weights(turn), op.w, chunk * CHUNK, op.w_row, full);
-            uint32_t column = op.x_column + chunk * CHUNK;
-            for (uint32_t i = op.rank; i < boxes; i += op.share) {
-                uint8_t* to = shared.tokens(turn) + i * box_bytes;
-                if (op.share == 1) load_box(to, op.x, column, op.first + i * box, full);
-                else load_box_for(everyone, to, op.x, column, op.first + i * box, full);
-            }
-        }
-        if (FP8) {
-            float* scales = shared.scales_of(turn);
-            for (uint32_t row = lane; row < TOKENS; row += 32) {
-                bool valid = row < op.rows;
-                copy4(scales + row, op.x_scales + (uint64_t)(valid ? op.first + row : 0) * op.k_blocks + chunk, valid);
-            }
-            if (lane == 0) copy4(scales + TOKENS, op.w_scales + chunk, true);
-            barrier_arrive_copies(full);
-        }
+        barrier_expect(full, bytes);
+        load_box(shared.weights(turn), op.w, chunk * CHUNK, op.w_row, full);
+        if (FP8) load_box(shared.scales_of(turn), op.x_scales, op.first, chunk, full);
+        uint8_t* to = shared.tokens(turn) + op.rank * box * CHUNK;
+        uint32_t row = op.first + op.rank * box;
+        if (op.share == 1) load_box(to, op.x, column, row, full);
+        else if (op.rank < boxes) load_box_for(everyone, to, op.x, column, row, full);
     }
 }
 
@@ -125,7 +111,12 @@ __device__ __forceinline__ void multiply_chunk(const Shared<TOKENS>& shared, uin
 template <int TOKENS>
 __device__ __forceinline__ void release(const Operands& op, const Shared<TOKENS>& shared, uint32_t turn) {
     __syncwarp();
-    if (threadIdx.x % 32 < op.share) barrier_arrive_at(shared.empty_of(turn), op.base + threadIdx.x % 32);
+    uint32_t lane = threadIdx.x % 32;
+    if (op.share > 1) {
+        if (lane < op.share) barrier_arrive_at(shared.empty_of(turn), op.base + lane);
+    } else if (lane == 0) {
+        barrier_arrive(shared.empty_of(turn));
+    }
 }
 
 // Begins the product of a stage.
@@ -139,9 +130,9 @@ __device__ __forceinline__ void begin(const Shared<TOKENS>& shared, uint32_t tur
 template <int LEFT, int N, int TOKENS>
 __device__ __forceinline__ void end(const Operands& op, const Shared<TOKENS>& shared, uint32_t turn, float (&sum)[N / 2],
                                     float (&total)[N / 2]) {
+    float sw = op.w_scales[op.begin + turn];
     wgmma_wait<LEFT>(sum);
-    const float* scales = shared.scales_of(turn);
-    promote<N>(scales, scales[TOKENS], sum, total);
+    promote<N>(shared.scales_of(turn), sw, sum, total);
     release(op, shared, turn);
 }
 
@@ -241,8 +232,8 @@ __device__ __forceinline__ void synchronize(const cooperative_groups::cluster_gr
 // Grid: (rows of W / 128) * splits blocks, runs of rows of x, batch. `count` is the number of rows of y, or with `tiles` that of tiles.
 // Batch: the matrices follow each other, inputs and outputs lie `x_batch` bytes and `y_batch` elements apart in their rows.
 template <bool FP8, int TOKENS, typename Out>
-__device__ __forceinline__ void linear(const CUtensorMap* w, const CUtensorMap* x, const float* w_scales,
-                                       const float* x_scales, const uint32_t* count, const Tile* tiles, Out* y, uint32_t n,
+__device__ __forceinline__ void linear(const CUtensorMap* w, const CUtensorMap* x, const CUtensorMap* x_scales,
+                                       const float* w_scales, const uint32_t* count, const Tile* tiles, Out* y, uint32_t n,
                                        uint32_t k, uint32_t y_stride, uint32_t x_batch, uint32_t y_batch, uint32_t splits) {
     extern __shared__ uint8_t dynamic[];
     __shared__ uint64_t full[Ring<TOKENS>::stages], empty[Ring<TOKENS>::stages];
@@ -280,16 +271,16 @@ __device__ __forceinline__ void linear(const CUtensorMap* w, const CUtensorMap* 
     shared.full = full;
     shared.empty = empty;
     if (threadIdx.x < Ring<TOKENS>::stages) {
-        barrier_init(full + threadIdx.x, FP8 ? 1 + 32 : 1);
+        barrier_init(full + threadIdx.x, 1);
         barrier_init(empty + threadIdx.x, CONSUMERS / 32 * op.share);
         barriers_ready();
     }
     synchronize(cluster);
     if (threadIdx.x >= CONSUMERS) {
-        if (TOKENS == 128) registers_down<40>();
-        if (threadIdx.x < CONSUMERS + 32) produce<FP8>(op, shared);
+        if (TOKENS == 128) registers_down<24>();
+        if (threadIdx.x == CONSUMERS) produce<FP8>(op, shared);
     } else {
-        if (TOKENS == 128) registers_up<232>();
+        if (TOKENS == 128) registers_up<240>();
         if (TOKENS == 128 && tile.rows <= 32) consume<FP8, TOKENS == 128 ? 32 : TOKENS>(op, shared);
         else if (TOKENS == 128 && tile.rows <= 64) consume<FP8, TOKENS == 128 ? 64 : TOKENS>(op, shared);
         else if (TOKENS == 128 && tile.rows <= 96) consume<FP8, TOKENS == 128 ? 96 : TOKENS>(op, shared);
@@ -304,10 +295,10 @@ __device__ __forceinline__ void linear(const CUtensorMap* w, const CUtensorMap* 
 
 #define LINEAR(NAME, FP8, TOKENS, OUT)                                                                                        \
     extern "C" __global__ void __launch_bounds__(Ring<TOKENS>::threads, Ring<TOKENS>::blocks) NAME##_##TOKENS(                              \
-        const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap x, const float* w_scales,                  \
-        const float* x_scales, const uint32_t* count, const Tile* tiles, OUT* y, uint32_t n, uint32_t k, uint32_t y_stride,   \
+        const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap x,                                         \
+        const __grid_constant__ CUtensorMap x_scales, const float* w_scales, const uint32_t* count, const Tile* tiles, OUT* y, uint32_t n, uint32_t k, uint32_t y_stride,   \
         uint32_t x_batch, uint32_t y_batch, uint32_t splits) {                                                                \
-        linear<FP8, TOKENS, OUT>(&w, &x, w_scales, x_scales, count, tiles, y, n, k, y_stride, x_batch, y_batch, splits);      \
+        linear<FP8, TOKENS, OUT>(&w, &x, &x_scales, w_scales, count, tiles, y, n, k, y_stride, x_batch, y_batch, splits);      \
     }
 
 #define LINEARS(NAME, FP8, OUT)  \

@@ -19,17 +19,16 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // Arrives at the barrier that lies at the same place in block `rank` of the cluster.
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
-    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(
+    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(
                      shared_address(barrier)),
                  "r"(rank)
                  : "memory");
-}
-
-// Arrives when the copies (cp.async) that this thread has begun are complete.
-__device__ __forceinline__ void barrier_arrive_copies(uint64_t* barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -59,12 +58,6 @@ __device__ __forceinline__ void load_box_for(uint16_t blocks, void* to, const CU
             "r"(shared_address(to)),
         "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
         : "memory");
-}
-
-// 4 bytes to shared memory; zeros if not `valid`.
-__device__ __forceinline__ void copy4(void* to, const void* from, bool valid) {
-    int bytes = valid ? 4 : 0;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
 
 // Operand in shared memory: rows of 128 bytes of k, each 8 of them 1024 bytes, chunks of 16 bytes swizzled by the row as the copy

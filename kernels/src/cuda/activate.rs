@@ -28,11 +28,25 @@ pub struct Source {
     pub row_at: Option<Address>,
 }
 
-/// e4m3 rows `[rows][k]` and their scales `[rows][ceil(k / 128)]`.
+/// e4m3 rows `[rows][k]` and their scales.
 #[derive(Clone, Copy)]
 pub struct Quantised {
     pub values: Address,
-    pub scales: Address,
+    pub scales: RowScales,
+}
+
+/// f32, `[ceil(k / 128)][pitch]`: a scale of each row for every 128 channels. The pitch is a multiple of 4, not less than the rows.
+#[derive(Clone, Copy)]
+pub struct RowScales {
+    pub values: Address,
+    pub pitch: u32,
+}
+
+impl RowScales {
+    /// The pitch that so many rows need.
+    pub fn pitch(rows: u32) -> u32 {
+        rows.next_multiple_of(4)
+    }
 }
 
 fn grid(rows: Rows, k: u32) -> Grid {
@@ -60,7 +74,13 @@ fn check_quantised(k: u32, stride: u32) -> Result<(), Error> {
 pub fn quantize(device: &Device, rows: Rows, x: Source, k: u32, to: Quantised) -> Result<(), Error> {
     check_quantised(k, x.stride)?;
     let args = Args::default().ptr(rows.count).u32(rows.per).ptr(x.row_at.unwrap_or(0)).ptr(x.values);
-    launch(device, "quantize", rows, k, args.u32(x.stride).u32(k).ptr(to.values).ptr(to.scales))
+    launch(
+        device,
+        "quantize",
+        rows,
+        k,
+        args.u32(x.stride).u32(k).ptr(to.values).ptr(to.scales.values).u32(to.scales.pitch),
+    )
 }
 
 /// `silu(gate) ⊙ up` of rows `gate | up`, each `k` wide, rounded to bf16, to e4m3.
@@ -72,7 +92,8 @@ pub fn silu_mul_quantize(
     to: Quantised,
 ) -> Result<(), Error> {
     check_quantised(k, k)?;
-    let args = Args::default().ptr(rows.count).u32(rows.per).ptr(both).u32(k).ptr(to.values).ptr(to.scales);
+    let args = Args::default().ptr(rows.count).u32(rows.per).ptr(both).u32(k);
+    let args = args.ptr(to.values).ptr(to.scales.values).u32(to.scales.pitch);
     launch(device, "silu_mul_quantize", rows, k, args)
 }
 

@@ -191,38 +191,63 @@ fn cluster_attribute(x: u32) -> sys::CUlaunchAttribute {
     }
 }
 
-/// Rows in device memory as the tensor copy engine fetches them: boxes of 128 bytes of some rows, swizzled by 128 bytes, zeros
-/// outside.
+/// A matrix in device memory as the tensor copy engine fetches it, box by box; zeros outside.
+#[derive(Clone, Copy)]
 pub struct TensorMap(sys::CUtensorMap);
 
 impl TensorMap {
-    /// `rows` of `bytes` each, `stride` bytes apart, fetched `at_once` rows at a time.
+    /// Rows of `bytes` bytes each, `stride` bytes apart, fetched 128 bytes of `at_once` rows at a time, swizzled by 128 bytes.
     pub fn rows(
         address: Address,
         [rows, bytes]: [u32; 2],
         stride: u32,
         at_once: u32,
     ) -> Result<TensorMap, Error> {
+        let element = sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8;
+        let swizzle = sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B;
+        TensorMap::new(address, [bytes, rows], stride, [128, at_once], element, swizzle)
+    }
+
+    /// f32 `[rows][columns]`, rows `pitch` elements apart, fetched `at_once` columns of a row at a time.
+    pub fn floats(
+        address: Address,
+        [rows, columns]: [u32; 2],
+        pitch: u32,
+        at_once: u32,
+    ) -> Result<TensorMap, Error> {
+        let element = sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+        let swizzle = sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE;
+        TensorMap::new(address, [columns, rows], 4 * pitch, [at_once, 1], element, swizzle)
+    }
+
+    fn new(
+        address: Address,
+        size: [u32; 2],
+        stride: u32,
+        at_once: [u32; 2],
+        element: sys::CUtensorMapDataType,
+        swizzle: sys::CUtensorMapSwizzle,
+    ) -> Result<TensorMap, Error> {
         let mut map = std::mem::MaybeUninit::uninit();
         // SAFETY: two dimensions, one stride between them; the driver writes the map or says why not.
         let made = unsafe {
             sys::cuTensorMapEncodeTiled(
                 map.as_mut_ptr(),
-                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                element,
                 2,
                 address as *mut c_void,
-                [u64::from(bytes), u64::from(rows)].as_ptr(),
+                size.map(u64::from).as_ptr(),
                 [u64::from(stride)].as_ptr(),
-                [128, at_once].as_ptr(),
+                at_once.as_ptr(),
                 [1, 1].as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                swizzle,
                 sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
             .result()
         };
-        let what = || format!("{rows} rows of {bytes} bytes, {stride} apart, at {address:#x}");
+        let what = || format!("boxes {at_once:?} of {size:?}, rows {stride} bytes apart, at {address:#x}");
         made.map_err(|error| Error::Device(format!("tensor map of {}: {error}", what())))?;
         // SAFETY: written above.
         Ok(TensorMap(unsafe { map.assume_init() }))

@@ -1,6 +1,9 @@
 //! Launchers of `kernels/cuda/linear.cu`.
 
-use super::device::{Address, Args, Device, Grid, TensorMap};
+use super::{
+    activate::RowScales,
+    device::{Address, Args, Device, Grid, TensorMap},
+};
 use crate::Error;
 
 pub(super) const KERNELS: &[&str] = &[
@@ -36,7 +39,7 @@ fn ring_bytes(tokens: u32) -> u32 {
         33..=64 => 8,
         _ => 6,
     };
-    stages * ((WEIGHT_ROWS + tokens) * CHUNK + 4 * (tokens + 4)) + 1024
+    stages * ((WEIGHT_ROWS + tokens) * CHUNK + 4 * tokens.max(32)) + 1024
 }
 
 /// Threads of a block: two warpgroups multiply; a warp loads, or a warpgroup that gives its registers away.
@@ -53,8 +56,6 @@ fn resident(tokens: u32) -> u32 {
     }
 }
 
-/// Rows of x that are fetched at once.
-const BOX: u32 = 32;
 /// Blocks that share the rows of x, if there are enough rows for their products to be bound by fetching.
 const SHARE: u32 = 2;
 
@@ -80,11 +81,11 @@ pub struct Matrix {
     pub k: u32,
 }
 
-/// Rows of width k, `stride` elements apart: bf16, or e4m3 with scales `[rows][ceil(k / 128)]`.
+/// Rows of width k, `stride` elements apart: bf16, or e4m3 with scales.
 #[derive(Clone, Copy)]
 pub struct Input {
     pub values: Address,
-    pub scales: Option<Address>,
+    pub scales: Option<RowScales>,
     pub stride: u32,
 }
 
@@ -146,19 +147,23 @@ pub fn linear(
         (None, true) => "linear_bf16_f32",
         (Some(_), true) => return Err(Error::Unsupported("FP8 weights with f32 results".to_string())),
     };
-    let width = if batch.count == 1 { k_bytes } else { stride_bytes };
-    let weights = TensorMap::rows(matrix.weights, [matrix.count * matrix.n, k_bytes], k_bytes, WEIGHT_ROWS)?;
-    let inputs = TensorMap::rows(input.values, [rows, width], stride_bytes, tokens.min(BOX))?;
-    let args = Args::default().map(&weights).map(&inputs);
-    let args = args.ptr(matrix.scales.unwrap_or(0)).ptr(input.scales.unwrap_or(0)).ptr(count).ptr(tiles);
-    let args = args.ptr(output.values).u32(matrix.n).u32(matrix.k).u32(output.stride);
-    let args = args.u32(batch.input * element).u32(batch.output);
     let blocks = matrix.n.div_ceil(WEIGHT_ROWS);
     let splits = splits(device, blocks * runs * batch.count, k_bytes.div_ceil(CHUNK), tokens);
     let share = if tokens == 128 && splits == 1 { share() } else { 1 };
+    let width = if batch.count == 1 { k_bytes } else { stride_bytes };
+    let weights = TensorMap::rows(matrix.weights, [matrix.count * matrix.n, k_bytes], k_bytes, WEIGHT_ROWS)?;
+    let inputs = TensorMap::rows(input.values, [rows, width], stride_bytes, tokens / share)?;
+    let scales = match input.scales {
+        Some(of) => TensorMap::floats(of.values, [matrix.k.div_ceil(128), rows], of.pitch, tokens)?,
+        None => inputs,
+    };
+    let args = Args::default().map(&weights).map(&inputs).map(&scales);
+    let args = args.ptr(matrix.scales.unwrap_or(0)).ptr(count).ptr(tiles);
+    let args = args.ptr(output.values).u32(matrix.n).u32(matrix.k).u32(output.stride);
+    let args = args.u32(batch.input * element).u32(batch.output).u32(splits);
     let grid = [blocks.next_multiple_of(share) * splits, runs, batch.count];
     let grid = Grid::new(grid, threads(tokens)).shared(ring_bytes(tokens)).clusters_of(splits * share);
-    device.launch(&format!("{family}_{tokens}"), grid, args.u32(splits))
+    device.launch(&format!("{family}_{tokens}"), grid, args)
 }
 
 fn share() -> u32 {

@@ -1,7 +1,7 @@
 //! Operations over the rows of a step that take several launches: products with their quantisation, MLPs, routed experts.
 
 use super::{
-    activate::{self, Quantised, Rows, Source},
+    activate::{self, Quantised, RowScales, Rows, Source},
     attention::Heads,
     backend::Routing,
     device::{Address, Device},
@@ -43,10 +43,11 @@ impl Launch {
         k: u32,
         per: u32,
     ) -> Result<Quantised, Error> {
-        let rows = self.max * per as usize;
-        let values = prepared.room(device, "e4m3", rows * k as usize)?;
-        let scales = prepared.room(device, "e4m3 scales", 4 * rows * k.div_ceil(128) as usize)?;
-        Ok(Quantised { values, scales })
+        let rows = self.max as u32 * per;
+        let pitch = RowScales::pitch(rows);
+        let values = prepared.room(device, "e4m3", rows as usize * k as usize)?;
+        let scales = prepared.room(device, "e4m3 scales", 4 * (pitch * k.div_ceil(128)) as usize)?;
+        Ok(Quantised { values, scales: RowScales { values: scales, pitch } })
     }
 
     /// Rows of `x` as `matrix` takes them: quantised, if it is FP8. There are `per` rows for each of the step's.

@@ -4,7 +4,7 @@ use crate::support::{self, assert_close};
 use kernels::{
     Dtype, Scales, Tensor,
     cuda::{
-        activate::{Quantised, Rows, Source, gather, quantize},
+        activate::{Quantised, RowScales, Rows, Source, gather, quantize},
         device::Device,
         linear::{Batch, Input, Matrix, Output, Runs, linear},
     },
@@ -95,14 +95,18 @@ fn run(
     };
     let w_scales = fp8.map(|fp8| support::upload_f32(device, &fp8.scales));
     let groups = k.div_ceil(128);
-    let (q, q_scales) = (support::poisoned(device, rows * k), support::poisoned(device, 4 * rows * groups));
+    let (q, q_scales) = (
+        support::poisoned(device, rows * k),
+        support::poisoned(device, 4 * rows.next_multiple_of(4) * groups),
+    );
+    let scales_at = RowScales { values: q_scales.address(), pitch: RowScales::pitch(rows as u32) };
     let k32 = k as u32;
     let all = Rows { count: count.address(), per: 1, most: rows as u32 };
     let source = Source { values: x_memory.address(), stride: k32, row_at: None };
-    let to = Quantised { values: q.address(), scales: q_scales.address() };
+    let to = Quantised { values: q.address(), scales: scales_at };
     quantize(device, all, source, k32, to).unwrap();
     let input = match fp8 {
-        Some(_) => Input { values: q.address(), scales: Some(q_scales.address()), stride: k32 },
+        Some(_) => Input { values: q.address(), scales: Some(scales_at), stride: k32 },
         None => Input { values: x_memory.address(), scales: None, stride: k32 },
     };
     let y = support::poisoned(device, rows * (n + GAP) * if f32 { 4 } else { 2 });
@@ -133,7 +137,7 @@ fn linear_and_quantize_without_rows() {
     let (y, q, scales) = (
         support::poisoned(&device, 7 * 128 * 2),
         support::poisoned(&device, 7 * 128),
-        support::poisoned(&device, 7 * 4),
+        support::poisoned(&device, 8 * 4),
     );
     let matrix = Matrix { count: 1, weights: x.address(), scales: None, n: 7, k: 128 };
     let input = Input { values: x.address(), scales: None, stride: 128 };
@@ -142,7 +146,8 @@ fn linear_and_quantize_without_rows() {
         let runs = Runs::Count { count: count.address(), most };
         linear(&device, matrix, input, output, runs, Batch::ONE).unwrap();
         let rows = Rows { count: count.address(), per: 1, most };
-        let to = Quantised { values: q.address(), scales: scales.address() };
+        let scales_at = RowScales { values: scales.address(), pitch: 8 };
+        let to = Quantised { values: q.address(), scales: scales_at };
         quantize(&device, rows, Source { values: x.address(), stride: 128, row_at: None }, 128, to).unwrap();
     }
     let written = [&y, &q, &scales].map(|memory| support::download(&device, memory)).concat();

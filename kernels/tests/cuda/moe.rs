@@ -5,8 +5,8 @@ use crate::{
     support::{self, assert_close, bf16},
 };
 use kernels::cuda::{
-    activate::{Quantised, Rows, Source, gather, quantize, silu_mul, silu_mul_quantize},
-    device::{Address, Device, Memory},
+    activate::{Quantised, RowScales, Rows, Source, gather, quantize, silu_mul, silu_mul_quantize},
+    device::{Device, Memory},
     linear::{Batch, Input, Matrix, Output, Runs, linear},
     moe::{combine, place, scratch_bytes},
 };
@@ -94,8 +94,8 @@ fn run(device: &Device, of: &Weights, case: &Case<'_>) -> Vec<f32> {
     let room = |bytes: usize| support::poisoned(device, bytes);
     let (hidden, width, top_k) = (HIDDEN as u32, WIDTH as u32, TOP_K as u32);
     let copied = launched as usize * TOP_K;
-    let (x_room, x_scales) = (room(copied * HIDDEN * 2), room(4 * copied * HIDDEN / 128));
-    let (inner, inner_scales) = (room(copied * WIDTH * 2), room(4 * copied));
+    let (x_room, x_scales) = (room(copied * HIDDEN * 2), room(4 * (copied + 3) * HIDDEN / 128));
+    let (inner, inner_scales) = (room(copied * WIDTH * 2), room(4 * (copied + 3)));
     let (both, at) = (room(slots * 2 * WIDTH * 2), room(slots * HIDDEN * 2));
     let out = room((rows + 1) * HIDDEN * 2);
     let (count, experts) = (counts.address(), EXPERTS as u32);
@@ -111,14 +111,16 @@ fn run(device: &Device, of: &Weights, case: &Case<'_>) -> Vec<f32> {
     };
     let copies = Rows { count, per: top_k, most: launched * top_k };
     let source = Source { values: x_at.address(), stride: hidden, row_at: Some(places.row_at) };
+    let scales_at =
+        |scales: &Memory| RowScales { values: scales.address(), pitch: RowScales::pitch(copied as u32) };
     let to =
-        |values: &Memory, scales: &Memory| Quantised { values: values.address(), scales: scales.address() };
+        |values: &Memory, scales: &Memory| Quantised { values: values.address(), scales: scales_at(scales) };
     match of.bf16 {
         true => gather(device, copies, source, hidden, x_room.address()).unwrap(),
         false => quantize(device, copies, source, hidden, to(&x_room, &x_scales)).unwrap(),
     }
     let input = |values: &Memory, scales: &Memory, stride| {
-        let scales: Option<Address> = (!of.bf16).then_some(scales.address());
+        let scales = (!of.bf16).then(|| scales_at(scales));
         Input { values: values.address(), scales, stride }
     };
     let output = Output { values: both.address(), stride: 2 * width, f32: false };
