@@ -277,10 +277,10 @@ __device__ __forceinline__ void linear(const CUtensorMap* w, const CUtensorMap* 
     }
     synchronize(cluster);
     if (threadIdx.x >= CONSUMERS) {
-        if (TOKENS == 128) registers_down<24>();
+        if (TOKENS == 128) registers_down<40>();
         if (threadIdx.x == CONSUMERS) produce<FP8>(op, shared);
     } else {
-        if (TOKENS == 128) registers_up<240>();
+        if (TOKENS == 128) registers_up<232>();
         if (TOKENS == 128 && tile.rows <= 32) consume<FP8, TOKENS == 128 ? 32 : TOKENS>(op, shared);
         else if (TOKENS == 128 && tile.rows <= 64) consume<FP8, TOKENS == 128 ? 64 : TOKENS>(op, shared);
         else if (TOKENS == 128 && tile.rows <= 96) consume<FP8, TOKENS == 128 ? 96 : TOKENS>(op, shared);
