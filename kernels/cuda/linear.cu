@@ -279,6 +279,8 @@ __device__ __forceinline__ void linear(const CUtensorMap* w, const CUtensorMap* 
     if (threadIdx.x >= CONSUMERS) {
         if (TOKENS == 128) registers_down<40>();
         if (threadIdx.x == CONSUMERS) produce<FP8>(op, shared);
+        // The cluster's barrier wants whole warps.
+        __syncwarp();
     } else {
         if (TOKENS == 128) registers_up<232>();
         if (TOKENS == 128 && tile.rows <= 32) consume<FP8, TOKENS == 128 ? 32 : TOKENS>(op, shared);
