@@ -35,8 +35,9 @@ struct Ring {
     static constexpr uint32_t threads = CONSUMERS + (TOKENS == 128 ? 128 : 32);
     static constexpr uint32_t weights = WEIGHT_ROWS * CHUNK;
     static constexpr uint32_t bytes = weights + TOKENS * CHUNK;
-    // In floats: the copy engine writes where 128 bytes begin.
-    static constexpr uint32_t scales = TOKENS < 32 ? 32 : TOKENS;
+    // The copy engine begins at 16 bytes and writes where 128 begin: up to three floats before the tile's come along.
+    static constexpr uint32_t scales_box = TOKENS + 4;
+    static constexpr uint32_t scales = (scales_box + 31) / 32 * 32;
 };
 
 template <int TOKENS>
@@ -68,7 +69,7 @@ struct Operands {
 template <bool FP8, int TOKENS>
 __device__ __forceinline__ void produce(const Operands& op, const Shared<TOKENS>& shared) {
     uint32_t box = TOKENS / op.share, boxes = (op.rows + box - 1) / box;
-    uint32_t bytes = Ring<TOKENS>::weights + boxes * box * CHUNK + (FP8 ? 4 * TOKENS : 0);
+    uint32_t bytes = Ring<TOKENS>::weights + boxes * box * CHUNK + (FP8 ? 4 * Ring<TOKENS>::scales_box : 0);
     uint16_t everyone = (1 << op.share) - 1;
     for (uint32_t chunk = op.begin; chunk < op.end; chunk++) {
         uint32_t turn = chunk - op.begin, column = op.x_column + chunk * CHUNK;
@@ -76,7 +77,7 @@ __device__ __forceinline__ void produce(const Operands& op, const Shared<TOKENS>
         uint64_t* full = shared.full_of(turn);
         barrier_expect(full, bytes);
         load_box(shared.weights(turn), op.w, chunk * CHUNK, op.w_row, full);
-        if (FP8) load_box(shared.scales_of(turn), op.x_scales, op.first, chunk, full);
+        if (FP8) load_box(shared.scales_of(turn), op.x_scales, op.first / 4 * 4, chunk, full);
         uint8_t* to = shared.tokens(turn) + op.rank * box * CHUNK;
         uint32_t row = op.first + op.rank * box;
         if (op.share == 1) load_box(to, op.x, column, row, full);
@@ -86,11 +87,10 @@ __device__ __forceinline__ void produce(const Operands& op, const Shared<TOKENS>
 
 template <int N>
 __device__ __forceinline__ void promote(const float* scales, float sw, const float (&sum)[N / 2], float (&total)[N / 2]) {
-    const float2* pairs = (const float2*)scales + threadIdx.x % 4;
+    const float* own = scales + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int j = 0; j < N / 8; j++) {
-        float2 sx = pairs[j * 4];
-        float even = sw * sx.x, odd = sw * sx.y;
+        float even = sw * own[j * 8], odd = sw * own[j * 8 + 1];
         total[4 * j] = fmaf(even, sum[4 * j], total[4 * j]);
         total[4 * j + 1] = fmaf(odd, sum[4 * j + 1], total[4 * j + 1]);
         total[4 * j + 2] = fmaf(even, sum[4 * j + 2], total[4 * j + 2]);
@@ -132,7 +132,7 @@ __device__ __forceinline__ void end(const Operands& op, const Shared<TOKENS>& sh
                                     float (&total)[N / 2]) {
     float sw = op.w_scales[op.begin + turn];
     wgmma_wait<LEFT>(sum);
-    promote<N>(shared.scales_of(turn), sw, sum, total);
+    promote<N>(shared.scales_of(turn) + op.first % 4, sw, sum, total);
     release(op, shared, turn);
 }
 

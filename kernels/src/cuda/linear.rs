@@ -32,6 +32,11 @@ const MOST_SPLITS: u32 = 8;
 /// A block has at least so many stages of k.
 const LEAST_CHUNKS: u32 = 4;
 
+/// Scales of rows that are fetched for a tile: from the last that begins at 16 bytes on.
+fn scales_box(tokens: u32) -> u32 {
+    tokens + 4
+}
+
 /// Shared memory of a block: stages of rows, then scales; and what aligning the stages to 1024 may take.
 fn ring_bytes(tokens: u32) -> u32 {
     let stages = match tokens {
@@ -39,7 +44,7 @@ fn ring_bytes(tokens: u32) -> u32 {
         33..=64 => 8,
         _ => 6,
     };
-    stages * ((WEIGHT_ROWS + tokens) * CHUNK + 4 * tokens.max(32)) + 1024
+    stages * ((WEIGHT_ROWS + tokens) * CHUNK + 4 * scales_box(tokens).next_multiple_of(32)) + 1024
 }
 
 /// Threads of a block: two warpgroups multiply; a warp loads, or a warpgroup that gives its registers away.
@@ -154,7 +159,9 @@ pub fn linear(
     let weights = TensorMap::rows(matrix.weights, [matrix.count * matrix.n, k_bytes], k_bytes, WEIGHT_ROWS)?;
     let inputs = TensorMap::rows(input.values, [rows, width], stride_bytes, tokens / share)?;
     let scales = match input.scales {
-        Some(of) => TensorMap::floats(of.values, [matrix.k.div_ceil(128), rows], of.pitch, tokens)?,
+        Some(of) => {
+            TensorMap::floats(of.values, [matrix.k.div_ceil(128), rows], of.pitch, scales_box(tokens))?
+        }
         None => inputs,
     };
     let args = Args::default().map(&weights).map(&inputs).map(&scales);
