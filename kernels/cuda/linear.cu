@@ -4,13 +4,12 @@
 //       in f32, promoted to a second accumulator each 128 k, because their own sum keeps about 14 bits.
 // Layouts: W [matrices][n][k] row-major, x [rows][k] with a stride and its scales [k blocks][rows], y [rows][n] with a stride. `tiles`, if given, are runs of rows
 //       that belong to one of several matrices (experts).
-// Threads: two warpgroups that multiply and one thread that loads. A block computes 128 rows of W (the M side: weights are what
-//       there is much of in decode) by TOKENS rows of x (the N side: 8 to 128); a warpgroup 64 by TOKENS. Of a tile with fewer
-//       rows only the tensor work that it needs is done.
-// Clusters: either `splits` blocks share a tile, each takes a part of k, and their sums are added in the order of k: a narrow matrix,
-//       of few tiles, is streamed by many multiprocessors, and the same input gives the same bits. Or the blocks of a
-//       cluster have different rows of W and the same rows of x, and each fetches a part of these for all: with tiles of
-//       128 by 128 and no sharing, FP8 tensor cores ask for more than the second-level cache delivers.
+// Threads: two warpgroups that multiply and one thread that loads. A tile of work is 128 rows of W (the M side: weights are what
+//       there is much of in decode) by TOKENS rows of x (the N side: 8 to 128); a warpgroup has 64 by TOKENS of it. Of a tile
+//       with fewer rows only the tensor work that it needs is done. There are as many blocks as run at once, each takes
+//       tile after tile, and the next one's rows are fetched while the results of the last are written.
+// Clusters: of few tiles, `splits` blocks share one, each takes a part of k, and their sums are added in the order of k: a narrow
+//       matrix is streamed by many multiprocessors, and the same input gives the same bits.
 // Shared memory: a ring of stages, each (128 + TOKENS) rows of 128 bytes of k as the copy engine swizzles them, and for FP8
 //       the scales of TOKENS rows of x.
 // Bound: weights' bytes over memory bandwidth for few rows, tensor cores for many.
@@ -53,35 +52,69 @@ struct Shared {
     __device__ static uint32_t phase(uint32_t turn) { return turn / Ring<TOKENS>::stages & 1; }
 };
 
-// What a block multiplies.
-struct Operands {
-    const CUtensorMap *w, *x;
-    const float* w_scales;        // FP8 only, of the tile: [k blocks]
-    const CUtensorMap* x_scales;  // FP8 only
-    uint32_t w_row, x_column;  // x_column in bytes
-    uint32_t first, rows;      // of x and y, in this tile
-    uint32_t k_blocks;
-    uint32_t begin, end;  // chunks of 128 bytes of k
-    uint32_t share, rank, base;  // blocks with the same rows of x; this one among them; the first of them
+// All that there is to multiply. Matrices follow each other; the inputs and outputs of a batch lie `x_batch` bytes and `y_batch`
+// elements apart in their rows. `count` is the number of rows of y, or with `tiles` that of tiles.
+template <typename Out>
+struct Problem {
+    const CUtensorMap *w, *x, *x_scales;
+    const float* w_scales;
+    const uint32_t* count;
+    const Tile* tiles;
+    Out* y;
+    uint32_t n, k, y_stride, batch, x_batch, y_batch, splits;
 };
 
-// One thread fills the ring.
-template <bool FP8, int TOKENS>
-__device__ __forceinline__ void produce(const Operands& op, const Shared<TOKENS>& shared) {
-    uint32_t box = TOKENS / op.share, boxes = (op.rows + box - 1) / box;
-    uint32_t bytes = Ring<TOKENS>::weights + boxes * box * CHUNK + (FP8 ? 4 * Ring<TOKENS>::scales_box : 0);
-    uint16_t everyone = (1 << op.share) - 1;
-    for (uint32_t chunk = op.begin; chunk < op.end; chunk++) {
-        uint32_t turn = chunk - op.begin, column = op.x_column + chunk * CHUNK;
+// A tile of work.
+template <typename Out>
+struct Work {
+    const float* w_scales;  // [k blocks]
+    uint32_t w_row, x_column, first, rows;  // x_column in bytes; `first` of x, `rows` in this tile
+    uint32_t begin, end;                    // chunks of 128 bytes of k
+    uint32_t columns, y_stride;
+    Out* y;
+};
+
+template <bool FP8, int TOKENS, typename Out>
+__device__ __forceinline__ uint32_t works(const Problem<Out>& of) {
+    uint32_t runs = of.tiles ? *of.count : (*of.count + TOKENS - 1) / TOKENS;
+    return runs * ((of.n + WEIGHT_ROWS - 1) / WEIGHT_ROWS) * of.batch;
+}
+
+// Tile `index`, rows of W first: what runs together has the same rows of x. `part` of the chunks of k.
+template <bool FP8, int TOKENS, typename Out>
+__device__ __forceinline__ Work<Out> work(const Problem<Out>& of, uint32_t index, uint32_t part) {
+    uint32_t blocks = (of.n + WEIGHT_ROWS - 1) / WEIGHT_ROWS, n0 = index % blocks * WEIGHT_ROWS, run = index / blocks;
+    uint32_t item = run % of.batch;
+    Tile tile = {item, run / of.batch * TOKENS, 0, 0};
+    if (of.tiles) tile = of.tiles[run];
+    else tile.rows = min((uint32_t)TOKENS, *of.count - tile.first);
+    uint32_t chunks = (of.k * (FP8 ? 1 : 2) + CHUNK - 1) / CHUNK, k_blocks = (of.k + 127) / 128;
+    Work<Out> work;
+    work.w_scales = FP8 ? of.w_scales + ((uint64_t)tile.matrix * blocks + n0 / 128) * k_blocks : nullptr;
+    work.w_row = tile.matrix * of.n + n0;
+    work.x_column = item * of.x_batch;
+    work.first = tile.first;
+    work.rows = tile.rows;
+    work.begin = chunks * part / of.splits;
+    work.end = chunks * (part + 1) / of.splits;
+    work.columns = min((uint32_t)WEIGHT_ROWS, of.n - n0);
+    work.y_stride = of.y_stride;
+    work.y = of.y + (uint64_t)item * of.y_batch + (uint64_t)tile.first * of.y_stride + n0;
+    return work;
+}
+
+// One thread fills the ring, from `turn` on.
+template <bool FP8, int TOKENS, typename Out>
+__device__ __forceinline__ void produce(const Problem<Out>& of, const Work<Out>& work, const Shared<TOKENS>& shared,
+                                        uint32_t turn) {
+    constexpr uint32_t bytes = Ring<TOKENS>::bytes + (FP8 ? 4 * Ring<TOKENS>::scales_box : 0);
+    for (uint32_t chunk = work.begin; chunk < work.end; chunk++, turn++) {
         if (turn >= Ring<TOKENS>::stages) barrier_wait(shared.empty_of(turn), shared.phase(turn) ^ 1);
         uint64_t* full = shared.full_of(turn);
         barrier_expect(full, bytes);
-        load_box(shared.weights(turn), op.w, chunk * CHUNK, op.w_row, full);
-        if (FP8) load_box(shared.scales_of(turn), op.x_scales, op.first / 4 * 4, chunk, full);
-        uint8_t* to = shared.tokens(turn) + op.rank * box * CHUNK;
-        uint32_t row = op.first + op.rank * box;
-        if (op.share == 1) load_box(to, op.x, column, row, full);
-        else if (op.rank < boxes) load_box_for(everyone, to, op.x, column, row, full);
+        load_box(shared.weights(turn), of.w, chunk * CHUNK, work.w_row, full);
+        load_box(shared.tokens(turn), of.x, work.x_column + chunk * CHUNK, work.first, full);
+        if (FP8) load_box(shared.scales_of(turn), of.x_scales, work.first / 4 * 4, chunk, full);
     }
 }
 
@@ -107,16 +140,11 @@ __device__ __forceinline__ void multiply_chunk(const Shared<TOKENS>& shared, uin
     wgmma_commit();
 }
 
-// The stage may be filled again, as far as this warp is concerned: says so to every block that fills it.
+// The stage may be filled again, as far as this warp is concerned.
 template <int TOKENS>
-__device__ __forceinline__ void release(const Operands& op, const Shared<TOKENS>& shared, uint32_t turn) {
+__device__ __forceinline__ void release(const Shared<TOKENS>& shared, uint32_t turn) {
     __syncwarp();
-    uint32_t lane = threadIdx.x % 32;
-    if (op.share > 1) {
-        if (lane < op.share) barrier_arrive_at(shared.empty_of(turn), op.base + lane);
-    } else if (lane == 0) {
-        barrier_arrive(shared.empty_of(turn));
-    }
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty_of(turn));
 }
 
 // Begins the product of a stage.
@@ -126,59 +154,108 @@ __device__ __forceinline__ void begin(const Shared<TOKENS>& shared, uint32_t tur
     multiply_chunk<true, N>(shared, turn, sum, false);
 }
 
-// Ends the product of a stage, when at most `LEFT` later ones are begun.
+// Ends the product of a stage, when at most `LEFT` later ones are begun. `sw`: the scale of W there.
 template <int LEFT, int N, int TOKENS>
-__device__ __forceinline__ void end(const Operands& op, const Shared<TOKENS>& shared, uint32_t turn, float (&sum)[N / 2],
-                                    float (&total)[N / 2]) {
-    float sw = op.w_scales[op.begin + turn];
+__device__ __forceinline__ void end(const Shared<TOKENS>& shared, uint32_t turn, uint32_t first, const float* sw,
+                                    float (&sum)[N / 2], float (&total)[N / 2]) {
+    float scale = *sw;
     wgmma_wait<LEFT>(sum);
-    promote<N>(shared.scales_of(turn) + op.first % 4, sw, sum, total);
-    release(op, shared, turn);
+    promote<N>(shared.scales_of(turn) + first % 4, scale, sum, total);
+    release(shared, turn);
 }
 
 // The sums of a stage are promoted while the tensor cores work on those of the next.
-template <int N, int TOKENS>
-__device__ __forceinline__ void consume_fp8(const Operands& op, const Shared<TOKENS>& shared, float (&total)[N / 2]) {
+template <int N, int TOKENS, typename Out>
+__device__ __forceinline__ void consume_fp8(const Work<Out>& work, const Shared<TOKENS>& shared, uint32_t turn,
+                                            float (&total)[N / 2]) {
     float even[N / 2], odd[N / 2];
-    uint32_t turn = 0, turns = op.end - op.begin;
-    if (turns == 0) return;
-    begin<N>(shared, 0, even);
-    for (; turn + 2 < turns; turn += 2) {
+    const float* sw = work.w_scales + work.begin;
+    uint32_t left = work.end - work.begin, first = work.first;
+    if (left == 0) return;
+    begin<N>(shared, turn, even);
+    for (; left > 2; left -= 2, turn += 2, sw += 2) {
         begin<N>(shared, turn + 1, odd);
-        end<1, N>(op, shared, turn, even, total);
+        end<1, N>(shared, turn, first, sw, even, total);
         begin<N>(shared, turn + 2, even);
-        end<1, N>(op, shared, turn + 1, odd, total);
+        end<1, N>(shared, turn + 1, first, sw + 1, odd, total);
     }
-    if (turn + 1 < turns) {
+    if (left == 2) {
         begin<N>(shared, turn + 1, odd);
-        end<1, N>(op, shared, turn, even, total);
-        end<0, N>(op, shared, turn + 1, odd, total);
+        end<1, N>(shared, turn, first, sw, even, total);
+        end<0, N>(shared, turn + 1, first, sw + 1, odd, total);
     } else {
-        end<0, N>(op, shared, turn, even, total);
+        end<0, N>(shared, turn, first, sw, even, total);
     }
 }
 
-template <int N, int TOKENS>
-__device__ __forceinline__ void consume_bf16(const Operands& op, const Shared<TOKENS>& shared, float (&total)[N / 2]) {
-    for (uint32_t turn = 0; turn < op.end - op.begin; turn++) {
-        barrier_wait(shared.full_of(turn), shared.phase(turn));
-        multiply_chunk<false, N>(shared, turn, total, turn > 0);
+template <int N, int TOKENS, typename Out>
+__device__ __forceinline__ void consume_bf16(const Work<Out>& work, const Shared<TOKENS>& shared, uint32_t turn,
+                                             float (&total)[N / 2]) {
+    uint32_t left = work.end - work.begin;
+    for (uint32_t i = 0; i < left; i++) {
+        barrier_wait(shared.full_of(turn + i), shared.phase(turn + i));
+        multiply_chunk<false, N>(shared, turn + i, total, i > 0);
         wgmma_wait<1>(total);
-        if (turn > 0) release(op, shared, turn - 1);
+        if (i > 0) release(shared, turn + i - 1);
     }
     wgmma_wait<0>(total);
+    if (left > 0) release(shared, turn + left - 1);
 }
 
-// A warpgroup's 64 rows of W by N rows of x, left in shared memory: [N][PITCH].
-template <bool FP8, int N, int TOKENS>
-__device__ __forceinline__ void consume(const Operands& op, const Shared<TOKENS>& shared) {
+__device__ __forceinline__ void store(bf16* y, float x) { *y = to_bf16(x); }
+__device__ __forceinline__ void store(float* y, float x) { *y = x; }
+
+// A warp's 16 rows of W by 8 rows of x, `d` as wgmma leaves them: each lane has single columns of rows of y.
+template <typename Out>
+__device__ __forceinline__ void write8(const Work<Out>& work, uint32_t token, const float* d) {
+    uint32_t lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t row = token + lane % 4 * 2 + i % 2, at = column + i / 2 * 8;
+        if (row < work.rows && at < work.columns) store(work.y + (uint64_t)row * work.y_stride + at, d[i]);
+    }
+}
+
+// 8 x 8 values of 16 bits, two a lane, transposed.
+__device__ __forceinline__ uint32_t transposed(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(*(uint32_t*)&pair));
+    return out;
+}
+
+// As write8, two columns at once.
+__device__ __forceinline__ void write8_pairs(const Work<bf16>& work, uint32_t token, const float* d) {
+    uint32_t lane = threadIdx.x % 32, row = token + lane / 4, column = threadIdx.x / 32 * 16 + lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint32_t pair = transposed(d[half * 2], d[half * 2 + 1]), at = column + half * 8;
+        if (row < work.rows && at < work.columns) *(uint32_t*)(work.y + (uint64_t)row * work.y_stride + at) = pair;
+    }
+}
+
+template <int N>
+__device__ __forceinline__ void write(const Work<float>& work, const float (&total)[N / 2]) {
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) write8(work, j * 8, total + 4 * j);
+}
+
+template <int N>
+__device__ __forceinline__ void write(const Work<bf16>& work, const float (&total)[N / 2]) {
+    bool pairs = ((uint64_t)work.y % 4 | work.y_stride % 2 | work.columns % 2) == 0;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        if (pairs) write8_pairs(work, j * 8, total + 4 * j);
+        else write8(work, j * 8, total + 4 * j);
+    }
+}
+
+// A warpgroup's part of the results into shared memory, [N][PITCH], when both have read all stages.
+template <int N>
+__device__ __forceinline__ void keep(float* results, const float (&total)[N / 2]) {
     uint32_t lane = threadIdx.x % 32;
-    float total[N / 2] = {};
-    if (FP8) consume_fp8<N>(op, shared, total);
-    else consume_bf16<N>(op, shared, total);
-    // Both warpgroups have read all stages: their memory holds the results now.
     asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-    float* results = (float*)shared.stages + threadIdx.x / 32 * 16 + lane / 4;
+    results += threadIdx.x / 32 * 16 + lane / 4;
 #pragma unroll
     for (int j = 0; j < N / 8; j++) {
         float* at = results + (j * 8 + lane % 4 * 2) * PITCH;
@@ -189,82 +266,43 @@ __device__ __forceinline__ void consume(const Operands& op, const Shared<TOKENS>
     }
 }
 
-__device__ __forceinline__ void store(bf16* y, float x) { *y = to_bf16(x); }
-__device__ __forceinline__ void store(float* y, float x) { *y = x; }
-
-__device__ __forceinline__ void store4(float* y, float4 x) { *(float4*)y = x; }
-__device__ __forceinline__ void store4(bf16* y, float4 x) {
-    __nv_bfloat162 low = __floats2bfloat162_rn(x.x, x.y), high = __floats2bfloat162_rn(x.z, x.w);
-    *(uint2*)y = {*(uint32_t*)&low, *(uint32_t*)&high};
+// A warpgroup's 64 rows of W by N rows of x: written, or if others have parts of the sums, kept for them.
+template <bool FP8, int N, int TOKENS, typename Out>
+__device__ __forceinline__ void consume(const Work<Out>& work, const Shared<TOKENS>& shared, uint32_t turn, bool whole) {
+    float total[N / 2] = {};
+    if (FP8) consume_fp8<N>(work, shared, turn, total);
+    else consume_bf16<N>(work, shared, turn, total);
+    if (whole) write<N>(work, total);
+    else keep<N>((float*)shared.stages, total);
 }
 
-// Adds the cluster's parts and writes them; each block some of the rows.
+template <bool FP8, int TOKENS, typename Out>
+__device__ __forceinline__ void consume_rows(const Work<Out>& work, const Shared<TOKENS>& shared, uint32_t turn, bool whole) {
+    if (TOKENS == 128 && work.rows <= 32) consume<FP8, TOKENS == 128 ? 32 : TOKENS>(work, shared, turn, whole);
+    else if (TOKENS == 128 && work.rows <= 64) consume<FP8, TOKENS == 128 ? 64 : TOKENS>(work, shared, turn, whole);
+    else if (TOKENS == 128 && work.rows <= 96) consume<FP8, TOKENS == 128 ? 96 : TOKENS>(work, shared, turn, whole);
+    else consume<FP8, TOKENS>(work, shared, turn, whole);
+}
+
+// Adds the parts that the blocks of the cluster have kept and writes the sums, each block some of the rows.
 template <typename Out>
-__device__ __forceinline__ void write(const float* results, uint32_t rows, uint32_t columns, uint32_t splits, Out* y,
-                                      uint32_t y_stride) {
+__device__ __forceinline__ void write_sums(const Work<Out>& work, const float* results, uint32_t part, uint32_t splits) {
     auto cluster = cooperative_groups::this_cluster();
-    uint32_t rank = splits == 1 ? 0 : cluster.block_rank();
-    bool aligned = ((uint64_t)y | (uint64_t)y_stride * sizeof(Out)) % (4 * sizeof(Out)) == 0;
-    for (uint32_t i = threadIdx.x; i < rows * WEIGHT_ROWS / 4; i += blockDim.x) {
-        uint32_t row = i / (WEIGHT_ROWS / 4), column = i % (WEIGHT_ROWS / 4) * 4;
-        if (row % splits != rank || column >= columns) continue;
-        float4 sum = {};
-        for (uint32_t part = 0; part < splits; part++) {
-            const float* from = splits == 1 ? results : cluster.map_shared_rank(results, part);
-            float4 add = *(const float4*)(from + row * PITCH + column);
-            sum = {sum.x + add.x, sum.y + add.y, sum.z + add.z, sum.w + add.w};
+    for (uint32_t i = threadIdx.x; i < work.rows * WEIGHT_ROWS; i += blockDim.x) {
+        uint32_t row = i / WEIGHT_ROWS, column = i % WEIGHT_ROWS;
+        if (row % splits != part || column >= work.columns) continue;
+        float sum = 0.f;
+        for (uint32_t from = 0; from < splits; from++) {
+            sum += cluster.map_shared_rank(results, from)[row * PITCH + column];
         }
-        Out* to = y + (uint64_t)row * y_stride + column;
-        if (aligned && column + 4 <= columns) {
-            store4(to, sum);
-        } else {
-            float four[4] = {sum.x, sum.y, sum.z, sum.w};
-            for (uint32_t c = 0; c < min(4u, columns - column); c++) store(to + c, four[c]);
-        }
+        store(work.y + (uint64_t)row * work.y_stride + column, sum);
     }
 }
 
-__device__ __forceinline__ void synchronize(const cooperative_groups::cluster_group& cluster) {
-    if (cluster.num_blocks() == 1) __syncthreads();
-    else cluster.sync();
-}
-
-// Grid: (rows of W / 128) * splits blocks, runs of rows of x, batch. `count` is the number of rows of y, or with `tiles` that of tiles.
-// Batch: the matrices follow each other, inputs and outputs lie `x_batch` bytes and `y_batch` elements apart in their rows.
 template <bool FP8, int TOKENS, typename Out>
-__device__ __forceinline__ void linear(const CUtensorMap* w, const CUtensorMap* x, const CUtensorMap* x_scales,
-                                       const float* w_scales, const uint32_t* count, const Tile* tiles, Out* y, uint32_t n,
-                                       uint32_t k, uint32_t y_stride, uint32_t x_batch, uint32_t y_batch, uint32_t splits) {
+__device__ __forceinline__ void linear(const Problem<Out>& of) {
     extern __shared__ uint8_t dynamic[];
     __shared__ uint64_t full[Ring<TOKENS>::stages], empty[Ring<TOKENS>::stages];
-    Tile tile = {blockIdx.z, blockIdx.y * TOKENS, 0, 0};
-    if (tiles) {
-        if (blockIdx.y >= *count) return;
-        tile = tiles[blockIdx.y];
-    } else {
-        if (tile.first >= *count) return;
-        tile.rows = min((uint32_t)TOKENS, *count - tile.first);
-    }
-    uint32_t chunks = (k * (FP8 ? 1 : 2) + CHUNK - 1) / CHUNK, k_blocks = (k + 127) / 128;
-    auto cluster = cooperative_groups::this_cluster();
-    uint32_t rank = cluster.block_rank(), part = rank % splits, n0 = blockIdx.x / splits * WEIGHT_ROWS;
-    // The last cluster may have a block that no rows of W are left for; it takes part in the fetching.
-    uint32_t columns = n0 < n ? min((uint32_t)WEIGHT_ROWS, n - n0) : 0, scale_rows = (n + 127) / 128;
-    Operands op;
-    op.w = w;
-    op.x = x;
-    op.w_scales = FP8 ? w_scales + ((uint64_t)tile.matrix * scale_rows + min(n0 / 128, scale_rows - 1)) * k_blocks : nullptr;
-    op.x_scales = x_scales;
-    op.w_row = tile.matrix * n + n0;
-    op.x_column = blockIdx.z * x_batch;
-    op.first = tile.first;
-    op.rows = tile.rows;
-    op.k_blocks = k_blocks;
-    op.begin = chunks * part / splits;
-    op.end = chunks * (part + 1) / splits;
-    op.share = cluster.num_blocks() / splits;
-    op.rank = rank % op.share;
-    op.base = rank - op.rank;
     Shared<TOKENS> shared;
     shared.stages = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;
     shared.scales = (float*)(shared.stages + Ring<TOKENS>::stages * Ring<TOKENS>::bytes);
@@ -272,35 +310,47 @@ __device__ __forceinline__ void linear(const CUtensorMap* w, const CUtensorMap* 
     shared.empty = empty;
     if (threadIdx.x < Ring<TOKENS>::stages) {
         barrier_init(full + threadIdx.x, 1);
-        barrier_init(empty + threadIdx.x, CONSUMERS / 32 * op.share);
+        barrier_init(empty + threadIdx.x, CONSUMERS / 32);
         barriers_ready();
     }
-    synchronize(cluster);
+    __syncthreads();
+    uint32_t begin = blockIdx.x / of.splits, step = gridDim.x / of.splits, part = blockIdx.x % of.splits;
+    uint32_t end = works<FP8, TOKENS>(of), turn = 0;
+    bool whole = of.splits == 1;
     if (threadIdx.x >= CONSUMERS) {
         if (TOKENS == 128) registers_down<40>();
-        if (threadIdx.x == CONSUMERS) produce<FP8>(op, shared);
+        for (uint32_t index = begin; index < end && threadIdx.x == CONSUMERS; index += step) {
+            Work<Out> one = work<FP8, TOKENS>(of, index, part);
+            produce<FP8>(of, one, shared, turn);
+            turn += one.end - one.begin;
+        }
         // The cluster's barrier wants whole warps.
         __syncwarp();
     } else {
         if (TOKENS == 128) registers_up<232>();
-        if (TOKENS == 128 && tile.rows <= 32) consume<FP8, TOKENS == 128 ? 32 : TOKENS>(op, shared);
-        else if (TOKENS == 128 && tile.rows <= 64) consume<FP8, TOKENS == 128 ? 64 : TOKENS>(op, shared);
-        else if (TOKENS == 128 && tile.rows <= 96) consume<FP8, TOKENS == 128 ? 96 : TOKENS>(op, shared);
-        else consume<FP8, TOKENS>(op, shared);
+        for (uint32_t index = begin; index < end; index += step) {
+            Work<Out> one = work<FP8, TOKENS>(of, index, part);
+            consume_rows<FP8>(one, shared, turn, whole);
+            turn += one.end - one.begin;
+        }
     }
-    synchronize(cluster);
-    y += (uint64_t)blockIdx.z * y_batch + (uint64_t)tile.first * y_stride + n0;
-    write((const float*)shared.stages, tile.rows, columns, splits, y, y_stride);
+    if (whole || begin >= end) return;
+    auto cluster = cooperative_groups::this_cluster();
+    cluster.sync();
+    write_sums(work<FP8, TOKENS>(of, begin, part), (const float*)shared.stages, part, of.splits);
     // Others may still read this block's memory.
-    if (splits > 1) cluster.sync();
+    cluster.sync();
 }
 
+// Grid: with splits, every tile that there may be times the splits; else as many as run at once.
 #define LINEAR(NAME, FP8, TOKENS, OUT)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(Ring<TOKENS>::threads, Ring<TOKENS>::blocks) NAME##_##TOKENS(                              \
+    extern "C" __global__ void __launch_bounds__(Ring<TOKENS>::threads, Ring<TOKENS>::blocks) NAME##_##TOKENS(                \
         const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap x,                                         \
-        const __grid_constant__ CUtensorMap x_scales, const float* w_scales, const uint32_t* count, const Tile* tiles, OUT* y, uint32_t n, uint32_t k, uint32_t y_stride,   \
-        uint32_t x_batch, uint32_t y_batch, uint32_t splits) {                                                                \
-        linear<FP8, TOKENS, OUT>(&w, &x, &x_scales, w_scales, count, tiles, y, n, k, y_stride, x_batch, y_batch, splits);      \
+        const __grid_constant__ CUtensorMap x_scales, const float* w_scales, const uint32_t* count, const Tile* tiles,        \
+        OUT* y, uint32_t n, uint32_t k, uint32_t y_stride, uint32_t batch, uint32_t x_batch, uint32_t y_batch,                \
+        uint32_t splits) {                                                                                                    \
+        linear<FP8, TOKENS, OUT>({&w, &x, &x_scales, w_scales, count, tiles, y, n, k, y_stride, batch, x_batch, y_batch,      \
+                                  splits});                                                                                   \
     }
 
 #define LINEARS(NAME, FP8, OUT)  \

@@ -23,14 +23,6 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Arrives at the barrier that lies at the same place in block `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
-    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(
-                     shared_address(barrier)),
-                 "r"(rank)
-                 : "memory");
-}
-
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
     uint32_t done;
     do {
@@ -47,16 +39,6 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint3
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
             shared_address(to)),
         "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
-        : "memory");
-}
-
-// As load_box, to the same place in every block of the cluster whose bit is set; each one's barrier counts the bytes.
-__device__ __forceinline__ void load_box_for(uint16_t blocks, void* to, const CUtensorMap* map, uint32_t column, uint32_t row,
-                                             uint64_t* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::
-            "r"(shared_address(to)),
-        "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
         : "memory");
 }
 

@@ -61,17 +61,13 @@ fn resident(tokens: u32) -> u32 {
     }
 }
 
-/// Blocks that share the rows of x, if there are enough rows for their products to be bound by fetching.
-const SHARE: u32 = 2;
-
-/// Parts of k for `blocks` tiles: as many as the multiprocessors run at once.
-fn splits(device: &Device, blocks: u32, chunks: u32, tokens: u32) -> u32 {
-    let room = device.multiprocessors * resident(tokens) / blocks.max(1);
-    let most = room.min(chunks / LEAST_CHUNKS).clamp(1, MOST_SPLITS);
+/// Parts of k for so many tiles: as many as have blocks that run at once.
+fn splits(at_once: u32, works: u32, chunks: u32) -> u32 {
+    let most = (at_once / works).min(chunks / LEAST_CHUNKS).clamp(1, MOST_SPLITS);
     1 << most.ilog2()
 }
 
-/// Input rows a block computes: the least that holds the rows one matrix gets.
+/// Input rows of a tile: the least that holds the rows one matrix gets.
 pub fn tile(rows: u32) -> u32 {
     rows.next_power_of_two().clamp(8, 128)
 }
@@ -152,12 +148,12 @@ pub fn linear(
         (None, true) => "linear_bf16_f32",
         (Some(_), true) => return Err(Error::Unsupported("FP8 weights with f32 results".to_string())),
     };
-    let blocks = matrix.n.div_ceil(WEIGHT_ROWS);
-    let splits = splits(device, blocks * runs * batch.count, k_bytes.div_ceil(CHUNK), tokens);
-    let share = if tokens == 128 && splits == 1 { share() } else { 1 };
+    let works = matrix.n.div_ceil(WEIGHT_ROWS) * runs * batch.count;
+    let at_once = device.multiprocessors * resident(tokens);
+    let splits = splits(at_once, works, k_bytes.div_ceil(CHUNK));
     let width = if batch.count == 1 { k_bytes } else { stride_bytes };
     let weights = TensorMap::rows(matrix.weights, [matrix.count * matrix.n, k_bytes], k_bytes, WEIGHT_ROWS)?;
-    let inputs = TensorMap::rows(input.values, [rows, width], stride_bytes, tokens / share)?;
+    let inputs = TensorMap::rows(input.values, [rows, width], stride_bytes, tokens)?;
     let scales = match input.scales {
         Some(of) => {
             TensorMap::floats(of.values, [matrix.k.div_ceil(128), rows], of.pitch, scales_box(tokens))?
@@ -167,12 +163,8 @@ pub fn linear(
     let args = Args::default().map(&weights).map(&inputs).map(&scales);
     let args = args.ptr(matrix.scales.unwrap_or(0)).ptr(count).ptr(tiles);
     let args = args.ptr(output.values).u32(matrix.n).u32(matrix.k).u32(output.stride);
-    let args = args.u32(batch.input * element).u32(batch.output).u32(splits);
-    let grid = [blocks.next_multiple_of(share) * splits, runs, batch.count];
-    let grid = Grid::new(grid, threads(tokens)).shared(ring_bytes(tokens)).clusters_of(splits * share);
+    let args = args.u32(batch.count).u32(batch.input * element).u32(batch.output).u32(splits);
+    let blocks = if splits > 1 { works * splits } else { works.min(at_once) };
+    let grid = Grid::new([blocks, 1, 1], threads(tokens)).shared(ring_bytes(tokens)).clusters_of(splits);
     device.launch(&format!("{family}_{tokens}"), grid, args)
-}
-
-fn share() -> u32 {
-    std::env::var("SHARE").map_or(SHARE, |s| s.parse().unwrap())
 }
