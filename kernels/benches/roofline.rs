@@ -4,8 +4,9 @@
 
 use kernels::cuda::{
     activate::{Quantised, RowScales, Rows, Source, quantize, silu_mul_quantize},
-    attention::{self, Heads, Span, absorbed_scratch_bytes, attend_absorbed, attend_direct},
+    attention::{absorbed_scratch_bytes, attend_absorbed},
     device::{Address, Device, Memory},
+    direct::{self, Heads, Span, attend_direct},
     elementwise::PoolLayer,
     linear::{self, Batch, Input, Matrix, Output, Runs, linear},
     moe,
@@ -295,7 +296,7 @@ impl Bench {
         if !wanted("attention") {
             return;
         }
-        attention::check_direct(128, 128).unwrap();
+        direct::check_direct(128, 128).unwrap();
         let per_head = (rows * HEADS) as usize * 128 * 2;
         let (query, k, v) = (self.random(per_head / 2 * 3), self.random(per_head), self.random(per_head));
         let (rope, out) = (self.random(rows as usize * 128), self.device.alloc(per_head).unwrap());

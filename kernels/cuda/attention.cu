@@ -13,13 +13,8 @@
 //   Shared memory: queries, two tiles of the cache (the next is copied while one is used), probabilities, row
 //   statistics. Bound by the tensor cores with 64 heads and more, by memory below; attend_combine by memory.
 //
-// Direct form, rows of one entry, keys and values made from the whole context beforehand:
-//   s_j = scale * (q_nope . k_j + q_rope . rope_j),  out = sum_j softmax(s)_j v_j
-//   gather_context: cache rows of an entry -> latent [context][512], rope [context][64], a warp per position.
-//   attend_direct: query bf16 [rows][all heads][192], k and v bf16 [context][heads][128] ->
-//   out bf16 [rows][all heads][128].
-//   Thread map: one block of 4 warps per (64 queries, head), 16 queries a warp, tiles of 64 keys.
-//   Shared memory: queries, two tiles of keys and values. Bound by the tensor cores.
+//   gather_context, for the direct form (direct.cu): cache rows of an entry -> latent [context][512], rope [context][64], a warp
+//   per position.
 //
 // The pool is bf16 [block][layer][64][576]: a tile is a block, contiguous. Scores and sums are f32,
 // probabilities are rounded to bf16 before they multiply values; their sum is taken before that. Rows in
@@ -33,8 +28,6 @@
 #define TILE 64
 #define SPLIT 512
 #define MAX_SPLITS 32
-#define HEAD 128
-#define QUERY 192
 #define LOG2E 1.4426950408889634f
 
 extern __shared__ __align__(128) uint8_t shared[];
@@ -349,121 +342,6 @@ gather_context(const uint32_t* block_table, const bf16* pool, uint32_t layers, u
             to_latent[i] = from[i];
         } else {
             to_rope[i - LATENT / 8] = from[i];
-        }
-    }
-}
-
-// Head h of k and v is head first_head + h of query and out. Padded queries see keys beyond the context,
-// which are zero.
-extern "C" __global__ void __launch_bounds__(128)
-attend_direct(const bf16* query, const bf16* k, const bf16* v, const bf16* rope, uint32_t first_row,
-              uint32_t row_count, uint32_t start, uint32_t heads, uint32_t first_head, uint32_t all_heads,
-              float scale, bf16* out) {
-    constexpr int QK_CHUNKS = QUERY / 8, V_CHUNKS = HEAD / 8;
-    constexpr int K_BYTES = TILE * QUERY * 2, V_BYTES = TILE * HEAD * 2;
-    uint32_t queries = shared_address(shared), stages = queries + K_BYTES;
-    uint32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    // The longest blocks are begun first.
-    uint32_t first = (gridDim.x - 1 - blockIdx.x) * TILE, head = blockIdx.y;
-    uint32_t context = start + row_count;
-    uint32_t keys = min(start + first + TILE, context), tiles = (keys + TILE - 1) / TILE;
-
-    for (uint32_t i = threadIdx.x; i < TILE * QK_CHUNKS; i += 128) {
-        uint32_t row = i / QK_CHUNKS, chunk = i % QK_CHUNKS;
-        bool valid = first + row < row_count;
-        uint64_t place = (uint64_t)(first_row + first + row) * all_heads + first_head + head;
-        const bf16* from = valid ? query + place * QUERY + chunk * 8 : query;
-        copy_chunk(queries + chunk_at<QK_CHUNKS>(row, chunk), from, valid);
-    }
-    auto load_tile = [&](uint32_t tile) {
-        uint32_t to = stages + (tile & 1) * (K_BYTES + V_BYTES);
-        for (uint32_t i = threadIdx.x; i < TILE * (QK_CHUNKS + V_CHUNKS); i += 128) {
-            uint32_t token = i / (QK_CHUNKS + V_CHUNKS), chunk = i % (QK_CHUNKS + V_CHUNKS);
-            uint64_t position = tile * TILE + token;
-            bool valid = position < context;
-            uint64_t place = valid ? position : 0, of_head = (place * heads + head) * HEAD;
-            const bf16* from;
-            uint32_t at;
-            if (chunk < HEAD / 8) {
-                from = k + of_head + chunk * 8;
-                at = chunk_at<QK_CHUNKS>(token, chunk);
-            } else if (chunk < QK_CHUNKS) {
-                from = rope + place * ROPE + (chunk - HEAD / 8) * 8;
-                at = chunk_at<QK_CHUNKS>(token, chunk);
-            } else {
-                from = v + of_head + (chunk - QK_CHUNKS) * 8;
-                at = K_BYTES + chunk_at<V_CHUNKS>(token, chunk - QK_CHUNKS);
-            }
-            copy_chunk(to + at, from, valid);
-        }
-    };
-    load_tile(0);
-    commit_copies();
-
-    uint32_t upper = 16 * warp + (lane >> 2);
-    float sum[HEAD / 8][4] = {};
-    float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
-    for (uint32_t tile = 0; tile < tiles; tile++) {
-        if (tile + 1 < tiles) load_tile(tile + 1);
-        commit_copies();
-        wait_all_but_one();
-        __syncthreads();
-        uint32_t stage = stages + (tile & 1) * (K_BYTES + V_BYTES);
-
-        float s[TILE / 8][4] = {};
-        multiply_rows<QK_CHUNKS>(s, queries, 16 * warp, stage, 0);
-        float now[2] = {top[0], top[1]}, factor[2];
-#pragma unroll
-        for (int j = 0; j < TILE / 8; j++) {
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                uint32_t key = tile * TILE + 8 * j + 2 * (lane & 3) + (c & 1);
-                uint32_t position = start + first + upper + (c >> 1) * 8;
-                s[j][c] = key <= position ? s[j][c] * (scale * LOG2E) : -INFINITY;
-                now[c >> 1] = fmaxf(now[c >> 1], s[j][c]);
-            }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            // Every query sees position 0, so that this is finite from the first tile on.
-            now[half] = quad_max(now[half]);
-            factor[half] = exp2f(top[half] - now[half]);
-            top[half] = now[half];
-            total[half] *= factor[half];
-        }
-#pragma unroll
-        for (int j = 0; j < TILE / 8; j++) {
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                s[j][c] = exp2f(s[j][c] - top[c >> 1]);
-                total[c >> 1] += s[j][c];
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < HEAD / 8; j++) {
-#pragma unroll
-            for (int c = 0; c < 4; c++) sum[j][c] *= factor[c >> 1];
-        }
-#pragma unroll
-        for (int j = 0; j < TILE / 16; j++) {
-            const float(&left)[4] = s[2 * j], (&right)[4] = s[2 * j + 1];
-            uint32_t p[4] = {pack(left[0], left[1]), pack(left[2], left[3]), pack(right[0], right[1]),
-                             pack(right[2], right[3])};
-            multiply_columns<V_CHUNKS>(sum, p, stage + K_BYTES, 16 * j, 0);
-        }
-        __syncthreads();
-    }
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        uint32_t row = first + upper + 8 * half;
-        float inverse = 1.0f / quad_sum(total[half]);
-        if (row >= row_count) continue;
-        uint64_t place = (uint64_t)(first_row + row) * all_heads + first_head + head;
-        bf16* to = out + place * HEAD + 2 * (lane & 3);
-#pragma unroll
-        for (int j = 0; j < HEAD / 8; j++) {
-            *reinterpret_cast<uint32_t*>(to + 8 * j) =
-                pack(sum[j][2 * half] * inverse, sum[j][2 * half + 1] * inverse);
         }
     }
 }

@@ -59,6 +59,12 @@ __device__ __forceinline__ void registers_down() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+// Right operand of bf16 whose rows are k and whose columns, 64 in 128 bytes, are n: panels of 64 columns lie `panel` bytes apart.
+// Swizzled alike; 16 rows further along k are 2048 bytes.
+__device__ __forceinline__ uint64_t operand_by_columns(const void* rows, uint32_t panel) {
+    return (uint64_t)(shared_address(rows) >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
+}
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -105,3 +111,12 @@ WGMMA_BOTH(32, UP_TO_16, "%16", "%17", "%18", D16(0))
 WGMMA_BOTH(64, UP_TO_16 ", " R16, "%32", "%33", "%34", D16(0), D16(16))
 WGMMA_BOTH(96, UP_TO_16 ", " R16 ", " R32, "%48", "%49", "%50", D16(0), D16(16), D16(32))
 WGMMA_BOTH(128, UP_TO_16 ", " R16 ", " R32 ", " R48, "%64", "%65", "%66", D16(0), D16(16), D16(32), D16(48))
+
+// d[64][128] += a[64][16] b[16][128] in bf16: a in registers, as a quarter of what wgmma leaves, rounded; b by columns.
+__device__ __forceinline__ void wgmma_by_columns(float (&d)[64], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" UP_TO_16 ", " R16 ", " R32 ", " R48
+                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+                 : D16(0), D16(16), D16(32), D16(48)
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b)
+                 : "memory");
+}

@@ -1,5 +1,5 @@
-//! Launchers of `cuda/attention.cu`: attention over the paged cache in the latent space (absorbed), and over
-//! keys and values made from the whole context of one entry (direct).
+//! Launchers of `cuda/attention.cu`: attention over the paged cache in the latent space (absorbed), and what the direct form
+//! needs of it.
 
 use super::{
     device::{Address, Args, Device, Grid},
@@ -8,23 +8,14 @@ use super::{
 };
 use crate::Error;
 
-pub(super) const KERNELS: &[&str] = &[
-    "attend_absorbed_16",
-    "attend_absorbed_32",
-    "attend_absorbed_64",
-    "attend_combine",
-    "gather_context",
-    "attend_direct",
-];
+pub(super) const KERNELS: &[&str] =
+    &["attend_absorbed_16", "attend_absorbed_32", "attend_absorbed_64", "attend_combine", "gather_context"];
 
 /// Sizes that the kernels are compiled for.
 const LATENT: u32 = 512;
 const ROPE: u32 = 64;
 const WIDTH: u32 = LATENT + ROPE;
 const TILE: u32 = 64;
-/// Columns of a head's key without position, and of its value.
-const HEAD: u32 = 128;
-const QUERY: u32 = HEAD + ROPE;
 /// Positions of a split of a short context; of longer ones there are at most `MAX_SPLITS`.
 const SPLIT: u32 = 512;
 const MAX_SPLITS: u32 = 32;
@@ -104,64 +95,13 @@ pub fn gather_context(
     device.launch("gather_context", Grid::new([context.div_ceil(8), 1, 1], 256), args.ptr(latent).ptr(rope))
 }
 
-/// Consecutive rows of one entry, as the host knows them: a step that takes the direct form is never
-/// recorded.
-#[derive(Clone, Copy, Debug)]
-pub struct Span {
-    pub first_row: u32,
-    pub rows: u32,
-    /// Position of the first row.
-    pub start: u32,
-}
-
-/// Heads that keys and values were made for, of all heads of the queries: a long context is done some heads
-/// at a time.
-#[derive(Clone, Copy, Debug)]
-pub struct Heads {
-    pub first: u32,
-    pub count: u32,
-    pub all: u32,
-}
-
-/// `query` bf16 `[step rows][all][nope + rope]`, rotated; `k` and `v` bf16 `[start + rows][count][128]`,
-/// `rope` bf16 `[start + rows][64]`; `out` bf16 `[step rows][all][128]`, of which the rows of `span` and the
-/// heads are written.
-#[allow(clippy::too_many_arguments)]
-pub fn attend_direct(
-    device: &Device,
-    span: Span,
-    heads: Heads,
-    query: Address,
-    k: Address,
-    v: Address,
-    rope: Address,
-    scale: f32,
-    out: Address,
-) -> Result<(), Error> {
-    if span.rows == 0 {
-        return Ok(());
-    }
-    let args = Args::default().ptr(query).ptr(k).ptr(v).ptr(rope).u32(span.first_row).u32(span.rows);
-    let args = args.u32(span.start).u32(heads.count).u32(heads.first).u32(heads.all).f32(scale).ptr(out);
-    // Queries, and two tiles of keys and values.
-    let shared = 2 * (TILE * QUERY + 2 * TILE * (QUERY + HEAD));
-    let grid = Grid::new([span.rows.div_ceil(TILE), heads.count, 1], 128).shared(shared);
-    device.launch("attend_direct", grid, args)
-}
-
-/// Whether the direct form has kernels for a head of these sizes.
-pub fn check_direct(nope: u32, value: u32) -> Result<(), Error> {
-    expect("qk_nope_head_dim", nope, HEAD)?;
-    expect("v_head_dim", value, HEAD)
-}
-
 fn check(pool: &PoolLayer) -> Result<(), Error> {
     expect("kv_lora_rank", pool.latent, LATENT)?;
     expect("qk_rope_head_dim", pool.rope, ROPE)?;
     expect("block_tokens", pool.block_tokens, TILE)
 }
 
-fn expect(field: &str, value: u32, supported: u32) -> Result<(), Error> {
+pub(super) fn expect(field: &str, value: u32, supported: u32) -> Result<(), Error> {
     match value == supported {
         true => Ok(()),
         false => Err(Error::Unsupported(format!("{field} {value}: the CUDA kernels are for {supported}"))),

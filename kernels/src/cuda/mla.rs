@@ -1,9 +1,9 @@
 //! Attention of a layer in its two forms, in and out of the latent space.
 
 use super::{
-    absorb,
-    attention::{self, Heads},
+    absorb, attention,
     device::{Address, Device},
+    direct::{self, Heads},
     memory::Prepared,
     rows::Launch,
     step::Step,
@@ -80,7 +80,7 @@ impl Attend<'_> {
         out: Address,
     ) -> Result<(), Error> {
         let shape = prepared.shape.clone();
-        attention::check_direct(shape.nope, shape.value)?;
+        direct::check_direct(shape.nope, shape.value)?;
         let (context, per_head) = (shape.max_context as usize, 2 * shape.nope as usize);
         let room = (shape.heads as usize * context * per_head).min(DIRECT_BYTES.max(context * per_head));
         let latent = prepared.room(device, "context", 2 * context * shape.latent as usize)?;
@@ -99,7 +99,7 @@ impl Attend<'_> {
                 launch.up(device, &shape, &heads, w_k, shape.nope, latent, k)?;
                 launch.up(device, &shape, &heads, w_v, shape.value, latent, v)?;
                 let (span, scale) = (entry.span, shape.softmax_scale);
-                attention::attend_direct(device, span, heads, query, k, v, rope, scale, out)?;
+                direct::attend_direct(device, span, heads, query, k, v, rope, scale, out)?;
             }
         }
         Ok(())

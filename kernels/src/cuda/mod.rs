@@ -7,6 +7,7 @@ pub mod activate;
 pub mod attention;
 mod backend;
 pub mod device;
+pub mod direct;
 pub mod elementwise;
 pub mod gate;
 mod graphs;
@@ -52,6 +53,7 @@ pub(crate) const FAMILIES: &[(&str, &[&str])] = &[
     ("absorb", absorb::KERNELS),
     ("activate", activate::KERNELS),
     ("attention", attention::KERNELS),
+    ("direct", direct::KERNELS),
     ("elementwise", elementwise::KERNELS),
     ("gate", gate::KERNELS),
     ("linear", linear::KERNELS),

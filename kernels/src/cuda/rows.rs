@@ -2,9 +2,9 @@
 
 use super::{
     activate::{self, Quantised, RowScales, Rows, Source},
-    attention::Heads,
     backend::Routing,
     device::{Address, Device},
+    direct::Heads,
     linear::{self, Batch, Input, Matrix, Output, Runs},
     memory::Prepared,
     moe,

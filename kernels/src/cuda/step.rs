@@ -3,8 +3,8 @@
 
 use super::sample::SampleResult;
 use super::{
-    attention::Span,
     device::{Address, Device, Memory},
+    direct::Span,
     host::Staging,
 };
 use crate::{Entry, EntryOutput, Error, Input, Shape, StepInput};

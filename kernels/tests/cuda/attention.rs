@@ -5,8 +5,9 @@ use super::{
     support::{self, assert_close},
 };
 use kernels::cuda::{
-    attention::{self, Heads, Span, attend_absorbed, attend_direct, gather_context},
+    attention::{self, attend_absorbed, gather_context},
     device::{Device, Memory},
+    direct::{Heads, Span, attend_direct},
     elementwise::PoolLayer,
 };
 
@@ -246,6 +247,8 @@ fn direct_from_the_first_position() {
     check_direct(0, 1);
     check_direct(0, 64);
     check_direct(0, 65);
+    check_direct(0, 128);
+    check_direct(0, 400);
 }
 
 #[test]
@@ -253,4 +256,6 @@ fn direct_behind_a_context() {
     check_direct(37, 100);
     check_direct(200, 130);
     check_direct(64, 1);
+    check_direct(300, 257);
+    check_direct(127, 129);
 }
