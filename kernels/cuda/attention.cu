@@ -2,16 +2,15 @@
 //
 // Absorbed form, any row:
 //   s_j = scale * (q . cache_j) over 576 columns (latent 512 | rotary 64),  out = sum_j softmax(s)_j latent_j
-//   attend_absorbed_16 / _32 / _64: query bf16 [rows][heads][576] -> out bf16 [rows][heads][512] if the row
+//   attend_absorbed_16 / _32, and for more heads that of absorbed.cu: query bf16 [rows][heads][576] -> out bf16 [rows][heads][512] if the row
 //   has one split, else partial f32 [rows][splits][heads][512] and lse f32 [rows][splits][heads], log2 of the
 //   sum of 2^(s log2 e); attend_combine: those into out. `rows` of the scratch are those of one launch, from
-//   first_row on. A split is a run of whole tiles of 64 positions, of a length that only the row's position
-//   decides.
-//   Thread map: one block of 8 warps per (16, 32 or 64 heads, split, row). Warps lie MT x WN: MT groups of 16
+//   first_row on. A split is a run of whole tiles of 64 positions (splits.cuh).
+//   Thread map: one block of 8 warps per (16 or 32 heads, split, row). Warps lie MT x WN: MT groups of 16
 //   heads, WN groups of 64 / WN positions for the scores and of 512 / WN columns for the sums. combine: 128
 //   threads per (head, row), 4 columns each.
 //   Shared memory: queries, two tiles of the cache (the next is copied while one is used), probabilities, row
-//   statistics. Bound by the tensor cores with 64 heads and more, by memory below; attend_combine by memory.
+//   statistics. Bound by memory.
 //
 //   gather_context, for the direct form (direct.cu): cache rows of an entry -> latent [context][512], rope [context][64], a warp
 //   per position.
@@ -21,13 +20,11 @@
 // shared memory are multiples of 128 bytes; the 16-byte chunk c of row r lies at c ^ (r & 7), so that
 // ldmatrix meets no bank twice.
 #include "numbers.cuh"
+#include "splits.cuh"
 
 #define LATENT 512
 #define ROPE 64
 #define WIDTH 576
-#define TILE 64
-#define SPLIT 512
-#define MAX_SPLITS 32
 #define LOG2E 1.4426950408889634f
 
 extern __shared__ __align__(128) uint8_t shared[];
@@ -126,19 +123,6 @@ __device__ __forceinline__ void multiply_columns(float (&d)[N][4], const uint32_
     }
 }
 
-// Positions of a split of a row that sees `context` positions: SPLIT, or more so that there are at most
-// MAX_SPLITS.
-__device__ __forceinline__ uint32_t split_length(uint32_t context) {
-    uint32_t even = (context + MAX_SPLITS - 1) / MAX_SPLITS;
-    even = (even + TILE - 1) / TILE * TILE;
-    return even > SPLIT ? even : SPLIT;
-}
-
-__device__ __forceinline__ uint32_t splits_of(uint32_t context) {
-    uint32_t length = split_length(context);
-    return (context + length - 1) / length;
-}
-
 __device__ __forceinline__ const bf16* block_rows(const bf16* pool, uint64_t block, uint32_t layers,
                                                   uint32_t layer) {
     return pool + (block * layers + layer) * (uint64_t)(TILE * WIDTH);
@@ -148,7 +132,7 @@ template <int MT>
 __device__ __forceinline__ void attend_absorbed(
     const uint32_t* counts, const uint32_t* positions, const uint32_t* entry_of_row,
     const uint32_t* block_table, uint32_t max_blocks, const bf16* query, const bf16* pool, uint32_t layers,
-    uint32_t layer, uint32_t heads, float scale, uint32_t first_row, uint32_t splits, float* partial, float* lse,
+    uint32_t layer, uint32_t heads, float scale, uint32_t first_row, uint32_t wanted, float* partial, float* lse,
     bf16* out) {
     constexpr int HEADS = 16 * MT, WN = 8 / MT;
     constexpr int TOKENS = TILE / WN, COLUMNS = LATENT / WN;
@@ -159,7 +143,7 @@ __device__ __forceinline__ void attend_absorbed(
 
     uint32_t first_head = blockIdx.x * HEADS, split = blockIdx.y, row = first_row + blockIdx.z;
     if (row >= counts[0]) return;
-    uint32_t context = positions[row] + 1, length = split_length(context);
+    uint32_t context = positions[row] + 1, length = split_length(context, wanted);
     uint32_t begin = split * length;
     if (begin >= context) return;
     uint32_t end = min(begin + length, context);
@@ -263,7 +247,7 @@ __device__ __forceinline__ void attend_absorbed(
         sums[n * HEADS + lower] = total[1];
     }
     __syncthreads();
-    bool alone = splits_of(context) == 1;
+    bool alone = length >= context;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         uint32_t at = half ? lower : upper, head = first_head + at;
@@ -271,7 +255,7 @@ __device__ __forceinline__ void attend_absorbed(
         float whole = 0.0f;
         for (int w = 0; w < WN; w++) whole += sums[w * HEADS + at];
         float inverse = 1.0f / whole;
-        uint64_t place = ((uint64_t)blockIdx.z * splits + split) * heads + head;
+        uint64_t place = ((uint64_t)blockIdx.z * gridDim.y + split) * heads + head;
         float* to_partial = partial + place * LATENT + COLUMNS * n + 2 * (lane & 3);
         bf16* to_out = out + ((uint64_t)row * heads + head) * LATENT + COLUMNS * n + 2 * (lane & 3);
 #pragma unroll
@@ -291,22 +275,21 @@ __device__ __forceinline__ void attend_absorbed(
     extern "C" __global__ void __launch_bounds__(256) \
     NAME(const uint32_t* counts, const uint32_t* positions, const uint32_t* entry_of_row, \
          const uint32_t* block_table, uint32_t max_blocks, const bf16* query, const bf16* pool, \
-         uint32_t layers, uint32_t layer, uint32_t heads, float scale, uint32_t first_row, uint32_t splits, \
+         uint32_t layers, uint32_t layer, uint32_t heads, float scale, uint32_t first_row, uint32_t wanted, \
          float* partial, float* lse, bf16* out) { \
         attend_absorbed<MT>(counts, positions, entry_of_row, block_table, max_blocks, query, pool, layers, \
-                            layer, heads, scale, first_row, splits, partial, lse, out); \
+                            layer, heads, scale, first_row, wanted, partial, lse, out); \
     }
 
 ABSORBED(attend_absorbed_16, 1)
 ABSORBED(attend_absorbed_32, 2)
-ABSORBED(attend_absorbed_64, 4)
 
 extern "C" __global__ void __launch_bounds__(128)
 attend_combine(const uint32_t* counts, const uint32_t* positions, uint32_t heads, uint32_t first_row,
-               uint32_t splits, const float* partial, const float* lse, bf16* out) {
+               uint32_t splits, uint32_t wanted, const float* partial, const float* lse, bf16* out) {
     uint32_t head = blockIdx.x, row = first_row + blockIdx.y;
     if (row >= counts[0]) return;
-    uint32_t count = splits_of(positions[row] + 1);
+    uint32_t count = splits_of(positions[row] + 1, wanted);
     if (count == 1) return;
     uint64_t first = (uint64_t)blockIdx.y * splits * heads + head;
     float top = -INFINITY;

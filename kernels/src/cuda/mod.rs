@@ -51,6 +51,7 @@ impl CudaBackend {
 /// Families and the kernels that their launchers name; the binary is checked to hold them all when a device is opened.
 pub(crate) const FAMILIES: &[(&str, &[&str])] = &[
     ("absorb", absorb::KERNELS),
+    ("absorbed", attention::ABSORBED_KERNELS),
     ("activate", activate::KERNELS),
     ("attention", attention::KERNELS),
     ("direct", direct::KERNELS),

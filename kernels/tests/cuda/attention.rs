@@ -93,9 +93,9 @@ fn run_absorbed(
     cache: &Cache,
     query: &[f32],
     heads: usize,
-    max_context: u32,
+    (max_context, padding): (u32, u32),
 ) -> Vec<f32> {
-    let step = paged.upload(device, &vec![0; paged.rows().len()], PADDING);
+    let step = paged.upload(device, &vec![0; paged.rows().len()], padding);
     let query = support::upload_bf16(device, query);
     let rows = step.extent.rows;
     let out = support::poisoned(device, rows as usize * heads * LATENT * 2);
@@ -122,7 +122,7 @@ fn check_absorbed(entries: &[(u32, u32)], heads: usize, max_context: u32) {
     let paged = Paged::new(entries, ROPE as u32, 21);
     let cache = Cache::new(&device, &paged);
     let query = support::random_bf16(paged.rows().len() * heads * WIDTH, 22);
-    let found = run_absorbed(&device, &paged, &cache, &query, heads, max_context);
+    let found = run_absorbed(&device, &paged, &cache, &query, heads, (max_context, PADDING));
     let expected = expected_absorbed(&paged, &cache, &query, heads);
     let row = heads * LATENT;
     for (index, (entry, position)) in paged.rows().into_iter().enumerate() {
@@ -152,6 +152,8 @@ fn absorbed_with_heads_that_do_not_fill_their_tiles() {
 #[test]
 fn absorbed_with_128_heads() {
     check_absorbed(&[(0, 2), (70, 1), (577, 1)], 128, 163_840);
+    check_absorbed(&[(4096, 1), (8200, 1), (63, 1), (64, 1), (128, 1)], 128, 16_384);
+    check_absorbed(&[(0, 140), (1000, 1)], 64, 4096);
 }
 
 /// 128 heads and 32 splits leave room for 63 rows in a launch.
@@ -162,18 +164,30 @@ fn absorbed_in_several_launches() {
 
 #[test]
 fn absorbed_rows_do_not_depend_on_their_neighbours() {
+    [16, 128].map(rows_alone_and_together);
+}
+
+/// In launches of the same size.
+fn rows_alone_and_together(heads: usize) {
     let Some(device) = support::device() else { return };
-    let (heads, entries) = (16, [(700, 2), (40, 1), (5000, 1)]);
+    let entries = [(700, 2), (40, 1), (5000, 1)];
     let paged = Paged::new(&entries, ROPE as u32, 23);
     let cache = Cache::new(&device, &paged);
     let row = heads * WIDTH;
     let query = support::random_bf16(paged.rows().len() * row, 24);
-    let together = run_absorbed(&device, &paged, &cache, &query, heads, 8192);
+    let together = run_absorbed(&device, &paged, &cache, &query, heads, (8192, PADDING));
     let mut first = 0;
     for (entry, (_, rows)) in entries.iter().enumerate() {
         let rows = *rows as usize;
         let alone = paged.only(entry);
-        let found = run_absorbed(&device, &alone, &cache, &query[first * row..][..rows * row], heads, 8192);
+        let found = run_absorbed(
+            &device,
+            &alone,
+            &cache,
+            &query[first * row..][..rows * row],
+            heads,
+            (8192, PADDING + (paged.rows().len() - rows) as u32),
+        );
         let extent = rows * heads * LATENT;
         assert_eq!(found[..extent], together[first * heads * LATENT..][..extent], "entry {entry}");
         first += rows;
