@@ -12,7 +12,7 @@ use crate::Error;
 pub(super) const ABSORBED_KERNELS: &[&str] = &["attend_absorbed_64"];
 
 pub(super) const KERNELS: &[&str] =
-    &["attend_absorbed_16", "attend_absorbed_32", "attend_absorbed_64", "attend_combine", "gather_context"];
+    &["attend_absorbed_16", "attend_absorbed_32", "attend_combine", "gather_context"];
 
 /// Sizes that the kernels are compiled for.
 const LATENT: u32 = 512;

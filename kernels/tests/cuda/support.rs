@@ -1,17 +1,19 @@
 //! A device if there is one, random values, memory that shows what was not written, and the measure of error.
 
+use kernels::Error;
 use kernels::cuda::device::{Device, Memory};
 use std::sync::OnceLock;
 
-/// The GPU, or `None` after saying why there is none.
+/// The GPU, or `None` after saying why there is none. A backend that fails on a GPU fails the test.
 pub fn device() -> Option<Device> {
     static REASON: OnceLock<()> = OnceLock::new();
     match Device::new(0) {
         Ok(device) => Some(device),
-        Err(error) => {
+        Err(error @ Error::Unavailable(_)) => {
             REASON.get_or_init(|| println!("no parity with CUDA was tested here: {error}"));
             None
         }
+        Err(error) => panic!("there is a GPU, but the backend does not start on it: {error}"),
     }
 }
 
