@@ -2,9 +2,8 @@
 //! they were asked for, which is all the ordering the seams demand.
 
 use crate::{Executor, ExecutorError, Limits, StepOutput};
-use bytes::Bytes;
 use kernels::{Backend, StepInput};
-use kv::{BlockId, KvError, KvLayout, KvMemory, Reply, StepId, Transfer};
+use kv::{BlockId, KvError, KvLayout, KvMemory, Payload, Reply, StepId, Transfer};
 use model::{Launched, ModelRunner};
 use std::{
     collections::VecDeque,
@@ -31,8 +30,8 @@ pub struct ModelExecutor {
 
 enum Command {
     Step(StepId, StepInput),
-    Read(BlockId, u32, Reply<Bytes>),
-    Write(BlockId, u32, Bytes, Reply<()>),
+    Read(BlockId, u32, Reply<Payload>),
+    Write(BlockId, u32, Payload, Reply<()>),
 }
 
 impl ModelExecutor {
@@ -172,12 +171,12 @@ impl KvMemory for ModelMemory {
         self.blocks
     }
 
-    fn read(&self, block: BlockId, rows: u32, _after: StepId) -> Transfer<Bytes> {
+    fn read(&self, block: BlockId, rows: u32, _after: StepId) -> Transfer<Payload> {
         self.ask(block, |reply| Command::Read(block, rows, reply))
     }
 
-    fn write(&self, block: BlockId, rows: u32, payload: Bytes, _after: StepId) -> Transfer<()> {
-        let (expected, found) = (self.layout.payload_bytes(rows), payload.len());
+    fn write(&self, block: BlockId, rows: u32, payload: Payload, _after: StepId) -> Transfer<()> {
+        let (expected, found) = (self.layout.payload_bytes(rows), payload.bytes.len());
         if expected != found {
             return failed(KvError::WrongLength { rows, expected, found });
         }

@@ -18,8 +18,7 @@ use crate::{
     Backend, Dtype, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, QueryTensors, Shape,
     StepInput, Tensor, Weights,
 };
-use bytes::Bytes;
-use kv::{BlockId, KvDtype, KvError, KvLayout, Reply};
+use kv::{BlockId, Digest, KvDtype, KvError, KvLayout, Payload, Reply};
 use rayon::prelude::*;
 
 /// Rows of prompt logprobs whose logits are held at once.
@@ -327,12 +326,15 @@ impl Backend for CpuBackend {
         self.threads.clone().install(|| run(self))
     }
 
-    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Bytes>) {
-        self.transfer(reply, |pool| pool.read(block, rows));
+    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) {
+        self.transfer(reply, |pool| pool.read(block, rows).map(Payload::new));
     }
 
-    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Bytes, reply: Reply<()>) {
-        self.transfer(reply, |pool| pool.write(block, rows, &payload));
+    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
+        self.transfer(reply, |pool| {
+            pool.write(block, rows, &payload.bytes)?;
+            Digest::of(&pool.read(block, rows)?).expect(payload.digest)
+        });
     }
 }
 

@@ -19,8 +19,7 @@ use crate::{
     Backend, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, Shape, StepInput, Tensor,
     Weights, check::check,
 };
-use bytes::Bytes;
-use kv::{BlockId, KvDtype, KvError, KvLayout, Reply};
+use kv::{BlockId, KvDtype, KvError, KvLayout, Payload, Reply};
 
 /// Rows of prompt logprobs whose logits are held at once.
 pub(super) const LOGPROB_ROWS: usize = 32;
@@ -308,16 +307,16 @@ impl Backend for CudaBackend {
         self.collect()
     }
 
-    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Bytes>) {
+    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) {
         match &self.prepared {
             Some(prepared) => prepared.pool.read(&self.device, block, rows, reply),
             None => drop(reply.send(Err(KvError::Stopped("no model is loaded".to_string())))),
         }
     }
 
-    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Bytes, reply: Reply<()>) {
+    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
         match &self.prepared {
-            Some(prepared) => prepared.pool.write(&self.device, block, rows, &payload, reply),
+            Some(prepared) => prepared.pool.write(&self.device, block, rows, payload, reply),
             None => drop(reply.send(Err(KvError::Stopped("no model is loaded".to_string())))),
         }
     }

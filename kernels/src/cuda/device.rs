@@ -93,6 +93,11 @@ impl Device {
 
     /// Enqueues a kernel; `name` is its `extern "C"` name, which is unique among all families.
     pub fn launch(&self, name: &str, grid: Grid, args: Args) -> Result<(), Error> {
+        self.launch_on(&self.stream, name, grid, args)
+    }
+
+    /// The same on another stream of this device.
+    pub fn launch_on(&self, stream: &CudaStream, name: &str, grid: Grid, args: Args) -> Result<(), Error> {
         let function = self.functions.get(name);
         let function = function.ok_or_else(|| Error::Device(format!("no kernel is called {name}")))?;
         let Args(mut values) = args;
@@ -106,7 +111,7 @@ impl Device {
                 (x, y, z),
                 (grid.threads, 1, 1),
                 grid.shared,
-                self.stream.cu_stream(),
+                stream.cu_stream(),
                 &mut pointers,
             )
         };

@@ -6,6 +6,7 @@ pub mod absorb;
 pub mod attention;
 mod backend;
 pub mod device;
+pub mod digest;
 pub mod elementwise;
 pub mod gate;
 mod graphs;
@@ -50,6 +51,7 @@ impl CudaBackend {
 pub(crate) const FAMILIES: &[(&str, &[&str])] = &[
     ("absorb", absorb::KERNELS),
     ("attention", attention::KERNELS),
+    ("digest", digest::KERNELS),
     ("elementwise", elementwise::KERNELS),
     ("gate", gate::KERNELS),
     ("linear", linear::KERNELS),
