@@ -362,13 +362,12 @@ impl CpuBackend {
 
     fn prompt_logprobs(&mut self, step: &mut Step, x: &Buffer, head: &Linear) -> Result<(), Error> {
         let tokenizer_size = self.prepared()?.shape.tokenizer_size as usize;
-        let wanted: Vec<Wanted> = wanted(step);
-        for wanted in wanted.chunks(LOGPROB_ROWS) {
-            let rows: Vec<usize> = wanted.iter().map(|wanted| wanted.row).collect();
+        for wanted in step.wanted.chunks(LOGPROB_ROWS) {
+            let rows: Vec<usize> = wanted.iter().map(|wanted| wanted.row as usize).collect();
             let mut logits = vec![0.0; rows.len() * head.packed.n];
             self.threads.install(|| self.apply(&gather(x, &rows), head, &mut logits));
             for (wanted, logits) in wanted.iter().zip(logits.chunks_exact(head.packed.n)) {
-                let (slot, position) = (step.entries[wanted.entry].slot, step.positions[wanted.row]);
+                let (slot, position) = (step.entries[wanted.entry].slot, wanted.position);
                 if let Some(tap) = &self.options.tap {
                     tap(Tapped::Logits { slot, position, logits });
                 }
@@ -390,27 +389,6 @@ impl CpuBackend {
         // Whoever asked may have stopped waiting.
         let _ = reply.send(result);
     }
-}
-
-/// A prompt logprob to take.
-struct Wanted {
-    entry: usize,
-    row: usize,
-    target: u32,
-    top: u32,
-}
-
-fn wanted(step: &Step) -> Vec<Wanted> {
-    let entries = step.entries.iter().enumerate();
-    let asked = entries.filter_map(|(index, entry)| Some((index, entry, entry.prompt_logprobs.as_ref()?)));
-    asked
-        .flat_map(|(index, entry, asked)| {
-            let rows = entry.rows.clone().zip(&asked.targets);
-            rows.filter_map(move |(row, target)| {
-                Some(Wanted { entry: index, row, target: (*target)?, top: asked.top })
-            })
-        })
-        .collect()
 }
 
 fn gather(x: &Buffer, rows: &[usize]) -> Vec<f32> {

@@ -85,7 +85,6 @@ impl Backend for CudaBackend {
         let (device, prepared) = self.parts()?;
         device.bind()?;
         check(step, &prepared.shape)?;
-        step.init.iter().try_for_each(|init| prepared.slots.check(init))?;
         prepared.known.accept(step)?;
         for init in &step.init {
             prepared.slots.init_slot(device, init)?;
