@@ -180,4 +180,8 @@ pub trait Backend: Weights {
     /// Copies `payload` into a block, after everything enqueued so far and before what is enqueued later. Replies with
     /// [`kv::KvError::Damaged`] if the device finds another digest where it landed.
     fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>);
+
+    /// Breaks the device as a wild access of a kernel would, for tests of what follows: it fails here or at the latest when
+    /// the next step is downloaded, and nothing can be asked of it afterwards.
+    fn fail(&mut self) -> Result<(), Error>;
 }

@@ -112,6 +112,11 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.kv_write(block, rows, payload, reply);
     }
 
+    /// Breaks the device; see [`Backend::fail`].
+    pub fn fail(&mut self) -> Result<(), kernels::Error> {
+        self.backend.fail()
+    }
+
     pub fn layout(&self) -> KvLayout {
         self.backend.layout()
     }

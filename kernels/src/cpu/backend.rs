@@ -336,6 +336,10 @@ impl Backend for CpuBackend {
             Digest::of(&pool.read(block, rows)?).expect(payload.digest)
         });
     }
+
+    fn fail(&mut self) -> Result<(), Error> {
+        Err(Error::Device("it was told to fail".to_string()))
+    }
 }
 
 /// Before `prepare`.

@@ -3,6 +3,7 @@
 use super::{
     CudaBackend,
     device::{Address, Device},
+    digest::{self, Rows},
     elementwise,
     elementwise::LowQuery,
     gate,
@@ -19,7 +20,7 @@ use crate::{
     Backend, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, Shape, StepInput, Tensor,
     Weights, check::check,
 };
-use kv::{BlockId, KvDtype, KvError, KvLayout, Payload, Reply};
+use kv::{BlockId, Digest, KvDtype, KvError, KvLayout, Payload, Reply};
 
 /// Rows of prompt logprobs whose logits are held at once.
 pub(super) const LOGPROB_ROWS: usize = 32;
@@ -318,6 +319,12 @@ impl Backend for CudaBackend {
             Some(prepared) => prepared.pool.write(&self.device, block, rows, payload, reply),
             None => drop(reply.send(Err(KvError::Stopped("no model is loaded".to_string())))),
         }
+    }
+
+    /// Reads where no memory is.
+    fn fail(&mut self) -> Result<(), Error> {
+        let nowhere = Rows { block: 8, width: Digest::LEAF, stride: Digest::LEAF, layers: 1 };
+        digest::leaves(&self.device, &self.device.stream, nowhere, 8)
     }
 }
 

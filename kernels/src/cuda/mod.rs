@@ -8,6 +8,7 @@ mod backend;
 pub mod device;
 pub mod digest;
 pub mod elementwise;
+mod fault;
 pub mod gate;
 mod graphs;
 mod host;

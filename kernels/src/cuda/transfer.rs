@@ -5,6 +5,7 @@
 use super::{
     device::{Address, Device, Memory, device},
     digest::{self, Rows},
+    fault::text,
     host::{Pinned, copy_down, event},
 };
 use crate::Error;
@@ -242,7 +243,7 @@ fn answer(context: &Arc<CudaContext>, enqueued: &mpsc::Receiver<Passing>, free: 
     for Passing { done, buffer, rows, reply } in enqueued {
         match done.synchronize() {
             Ok(()) => reply.give(&buffer, rows),
-            Err(error) => reply.fail(&error.to_string()),
+            Err(error) => reply.fail(&text(error)),
         }
         let _ = free.send(buffer);
     }
