@@ -20,7 +20,7 @@ constexpr uint32_t WARPS = THREADS / 32;
 constexpr uint32_t DIGITS = 8;
 constexpr uint32_t EVERY = 0xffffffffu;
 constexpr uint32_t MAX_TOP = 20;
-constexpr uint32_t MAX_SUPPRESSED = 64;
+constexpr uint32_t MAX_SUPPRESSED = 1088;
 constexpr uint32_t MAX_BIASES = 1024;
 constexpr uint32_t SAMPLED = 0xffffffffu;
 constexpr float GREEDY = 1e-5f;
@@ -346,8 +346,8 @@ __device__ __forceinline__ float penalize(float value, uint16_t count, const Par
 // Writes what is suppressed and biased into z. Equal ids, which are neighbours, are left to the thread of the first.
 __device__ void suppress_and_bias(float* z, uint32_t length, const Slot& slot, bool suppress) {
     const Parameters& p = slot.parameters;
-    if (suppress && threadIdx.x < p.suppressed && slot.suppress[threadIdx.x] < length) {
-        z[slot.suppress[threadIdx.x]] = -INFINITY;
+    for (uint32_t i = threadIdx.x; suppress && i < p.suppressed; i += THREADS) {
+        if (slot.suppress[i] < length) z[slot.suppress[i]] = -INFINITY;
     }
     __syncthreads();
     uint32_t i = threadIdx.x;

@@ -9,8 +9,7 @@
 //! stored weight `W[N][K]` maps `x[K]` to `y[n] = Σ_k x[k] · W[n][k]`; nothing in this family has a bias.
 
 use crate::{EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, Shape, StepInput, Tensor};
-use bytes::Bytes;
-use kv::{BlockId, KvLayout, Reply};
+use kv::{BlockId, KvLayout, Payload, Reply};
 
 /// What is uploaded once. Tensors are borrowed from the checkpoint and converted one by one.
 pub trait Weights: Send + Sized + 'static {
@@ -174,9 +173,15 @@ pub trait Backend: Weights {
     where
         F: FnOnce(&mut Self) -> Result<(), Error> + Send;
 
-    /// Copies out the first `rows` tokens of every layer of a block, after everything enqueued so far.
-    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Bytes>);
+    /// Copies out the first `rows` tokens of every layer of a block, after everything enqueued so far, with the digest that
+    /// the device finds there.
+    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>);
 
-    /// Copies `payload` into a block, after everything enqueued so far and before what is enqueued later.
-    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Bytes, reply: Reply<()>);
+    /// Copies `payload` into a block, after everything enqueued so far and before what is enqueued later. Replies with
+    /// [`kv::KvError::Damaged`] if the device finds another digest where it landed.
+    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>);
+
+    /// Breaks the device as a wild access of a kernel would, for tests of what follows: it fails here or at the latest when
+    /// the next step is downloaded, and nothing can be asked of it afterwards.
+    fn fail(&mut self) -> Result<(), Error>;
 }

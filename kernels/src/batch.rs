@@ -3,6 +3,13 @@
 
 use std::sync::Arc;
 
+/// Most tokens that are listed beside one, sampled or of the prompt.
+pub const MAX_LOGPROBS: u32 = 20;
+/// Most entries of `logit_bias` of a sequence.
+pub const MAX_BIASES: usize = 1024;
+/// Most ids that `min_tokens` holds back: as many stop ids as biases, and those that end a sequence by themselves.
+pub const MAX_SUPPRESSED: usize = 1088;
+
 /// Index of a sequence's resident sampler state (history counts, last sampled token) in a backend.
 pub type Slot = u32;
 
@@ -79,11 +86,27 @@ impl Sampling {
             let (t, r) = (self.temperature, self.repetition_penalty);
             return Err(format!("temperature {t}, repetition_penalty {r}: expected >= 0 and > 0"));
         }
+        self.check_counts()?;
         let biased = self.logit_bias.iter().map(|(id, _)| id);
         match biased.chain(&self.suppress).find(|id| **id >= vocab_size) {
             Some(id) => Err(format!("token id {id} is outside the vocabulary of {vocab_size}")),
             None => Ok(()),
         }
+    }
+
+    /// Of lists, whose room in a backend's slots is fixed.
+    fn check_counts(&self) -> Result<(), String> {
+        let top = self.logprobs.max(self.prompt_logprobs).unwrap_or(0);
+        for (what, found, most) in [
+            ("logprobs beside each token", top as usize, MAX_LOGPROBS as usize),
+            ("entries of logit_bias", self.logit_bias.len(), MAX_BIASES),
+            ("stop ids with min_tokens", self.suppress.len(), MAX_SUPPRESSED),
+        ] {
+            if found > most {
+                return Err(format!("{found} {what}, at most {most}"));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -138,6 +161,17 @@ impl Entry {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Of this entry, which is the step's `entry`-th and begins in its `first_row`.
+    fn wanted_logprobs(&self, entry: usize, first_row: u32) -> impl Iterator<Item = WantedLogprob> {
+        let asked = self.prompt_logprobs.iter();
+        let targets =
+            asked.flat_map(|asked| (0..).zip(&asked.targets).map(|(at, target)| (at, asked.top, *target)));
+        targets.filter_map(move |(at, top, target)| {
+            let (row, position) = (first_row + at, self.start + at);
+            target.map(|target| WantedLogprob { entry, row, position, target, top })
+        })
+    }
 }
 
 /// One forward pass.
@@ -151,6 +185,29 @@ impl StepInput {
     pub fn tokens(&self) -> usize {
         self.entries.iter().map(Entry::len).sum()
     }
+
+    /// Every prompt logprob that the step is to take, in the order of its rows.
+    pub fn wanted_logprobs(&self) -> Vec<WantedLogprob> {
+        let (mut wanted, mut first_row) = (Vec::new(), 0);
+        for (index, entry) in self.entries.iter().enumerate() {
+            wanted.extend(entry.wanted_logprobs(index, first_row));
+            first_row += entry.len() as u32;
+        }
+        wanted
+    }
+}
+
+/// A prompt logprob to take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WantedLogprob {
+    /// Its index in the step.
+    pub entry: usize,
+    /// Of the step, whose logits are looked at.
+    pub row: u32,
+    /// Of that row in the sequence; the target's is the next.
+    pub position: u32,
+    pub target: u32,
+    pub top: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -181,4 +238,50 @@ pub struct EntryOutput {
     pub sampled: Option<SampledToken>,
     /// (position, logprobs) of prompt tokens.
     pub prompt_logprobs: Vec<(u32, Logprobs)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(tokens: u32, start: u32, prompt_logprobs: Option<PromptLogprobs>) -> Entry {
+        let input = Input::Tokens((0..tokens).collect());
+        Entry { slot: start, input, start, block_table: vec![], sample: false, prompt_logprobs }
+    }
+
+    #[test]
+    fn logprobs_are_wanted_where_there_is_a_target() {
+        let asked = PromptLogprobs { top: 3, targets: vec![Some(7), None, Some(9)] };
+        let entries = vec![entry(2, 0, None), entry(3, 40, Some(asked)), entry(1, 9, None)];
+        let wanted = StepInput { init: vec![], entries }.wanted_logprobs();
+        let expected = [(2, 40, 7), (4, 42, 9)].map(|(row, position, target)| WantedLogprob {
+            entry: 1,
+            row,
+            position,
+            target,
+            top: 3,
+        });
+        assert_eq!(wanted, expected);
+    }
+
+    /// On every backend: a limit that only one of them knew would end the worker that has it.
+    #[test]
+    fn more_than_a_slot_has_room_for_is_refused() {
+        let filled = |logprobs, biases: usize, suppressed: usize| Sampling {
+            logprobs: Some(logprobs),
+            prompt_logprobs: Some(logprobs / 2),
+            logit_bias: vec![(1, 1.0); biases],
+            suppress: vec![2; suppressed],
+            ..Sampling::default()
+        };
+        assert_eq!(filled(20, 1024, 1088).check(50), Ok(()));
+        for (sampling, part) in [
+            (filled(21, 0, 0), "21 logprobs beside each token, at most 20"),
+            (filled(42, 0, 0), "42 logprobs"),
+            (filled(0, 1025, 0), "1025 entries of logit_bias, at most 1024"),
+            (filled(0, 0, 1089), "1089 stop ids with min_tokens, at most 1088"),
+        ] {
+            assert!(sampling.check(50).unwrap_err().contains(part), "{part}");
+        }
+    }
 }

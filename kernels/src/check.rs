@@ -1,6 +1,6 @@
 //! What every backend checks of a step before it touches anything.
 
-use crate::{Entry, Error, Input, Shape, SlotInit, StepInput};
+use crate::{Entry, Error, Input, MAX_LOGPROBS, PromptLogprobs, Shape, SlotInit, StepInput};
 use std::collections::HashSet;
 
 /// Whether `step` is within what `shape` reserved. What depends on a slot's state is the backend's to check.
@@ -63,12 +63,46 @@ fn check_entry(entry: &Entry, shape: &Shape) -> Result<(), Error> {
         return fail(format!("token {token} is outside the vocabulary of {}", shape.vocab));
     }
     match &entry.prompt_logprobs {
-        Some(p) if p.targets.len() != entry.len() => {
-            fail(format!("{} targets of prompt logprobs for {} tokens", p.targets.len(), entry.len()))
+        Some(asked) => check_logprobs(asked, entry.len(), shape.vocab).or_else(fail),
+        None => Ok(()),
+    }
+}
+
+fn check_logprobs(asked: &PromptLogprobs, rows: usize, vocab: u32) -> Result<(), String> {
+    if asked.top > MAX_LOGPROBS {
+        return Err(format!("{} logprobs beside each prompt token, at most {MAX_LOGPROBS}", asked.top));
+    }
+    if asked.targets.len() != rows {
+        return Err(format!("{} targets of prompt logprobs for {rows} tokens", asked.targets.len()));
+    }
+    match asked.targets.iter().flatten().find(|token| **token >= vocab) {
+        Some(token) => {
+            Err(format!("target {token} of a prompt logprob is outside the vocabulary of {vocab}"))
         }
-        Some(p) if p.targets.iter().flatten().any(|token| *token >= shape.vocab) => {
-            fail("a target of prompt logprobs is outside the vocabulary".to_string())
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompt_logprobs_that_no_backend_lists_are_refused() {
+        let asked = |top, targets: &[u32]| {
+            check_logprobs(
+                &PromptLogprobs { top, targets: targets.iter().copied().map(Some).collect() },
+                2,
+                50,
+            )
+        };
+        assert_eq!(asked(20, &[0, 49]), Ok(()));
+        for (refused, part) in [
+            (asked(21, &[0, 1]), "21 logprobs beside each prompt token, at most 20"),
+            (asked(5, &[0]), "1 targets of prompt logprobs for 2 tokens"),
+            (asked(5, &[0, 50]), "target 50 of a prompt logprob is outside the vocabulary of 50"),
+        ] {
+            assert!(refused.clone().unwrap_err().contains(part), "{refused:?}");
         }
-        _ => Ok(()),
     }
 }

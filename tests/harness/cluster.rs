@@ -29,6 +29,7 @@ pub struct Worker {
     pub name: String,
     pub role: String,
     pub pid: u32,
+    pub grpc: String,
     pub admin: String,
 }
 
@@ -37,7 +38,7 @@ impl Worker {
         let text = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
         let name = value["name"].as_str().unwrap_or(name).to_owned();
         let pid = value["pid"].as_u64().expect("a pid") as u32;
-        Worker { name, role: text("role"), pid, admin: text("admin") }
+        Worker { name, role: text("role"), pid, grpc: text("grpc"), admin: text("admin") }
     }
 
     pub fn signal(&self, signal: Signal) {

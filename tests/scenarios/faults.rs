@@ -1,7 +1,7 @@
 //! Workers die, clients leave, requests are nonsense: what was touched ends in an answer or a clear error, the rest goes on,
 //! and nothing stays held.
 
-use crate::harness::{Answer, Ask, Cluster, Worker, alone, block_on, golden};
+use crate::harness::{Answer, Ask, Cluster, Worker, alone, baton, block_on, golden};
 use futures::future::join_all;
 use http_body_util::BodyExt;
 use hyper::{Method, StatusCode};
@@ -9,6 +9,8 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::{
     collections::BTreeSet,
+    future::Future,
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 use tokio::time::sleep;
@@ -39,6 +41,52 @@ fn faults_decode_stopped_in_its_tracks() {
     let _alone = alone();
     let impatient = ["--router-set", "liveness.silence_ms=2500", "--worker-set", "liveness.silence_ms=2500"];
     survives(Fault { role: "decode", arguments: &[&PAIRS[..], &impatient].concat(), signal: Signal::STOP });
+}
+
+/// A decode worker beside those of the cluster, whose device breaks in its 40th step: it says so, ends with an error, leaves
+/// the membership at once, and every answer is whole.
+#[test]
+fn faults_a_device_that_fails_ends_its_worker_and_no_request() {
+    let _alone = alone();
+    let cluster = Cluster::up(&["--threads", "1"]);
+    block_on(async {
+        let asks: Vec<Ask> = (0..16).map(|n| Ask::new(&golden::prose(100 + 20 * n, n), 60)).collect();
+        let expected = join_all(asks.iter().map(|ask| ask.send(&cluster))).await;
+        let victim = start_failing(&cluster, 40);
+        let pid = u64::from(victim.id());
+        until(|| async { members(&cluster).await.iter().any(|member| member["pid"] == pid) }).await;
+        let found = join_all(asks.iter().map(|ask| ask.send(&cluster))).await;
+        let ended = tokio::task::spawn_blocking(move || victim.wait_with_output().unwrap()).await.unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+        assert_eq!(ended.status.code(), Some(1), "{said}");
+        let last = said.lines().last().unwrap_or_default();
+        assert!(last.contains("step 40: device: it was told to fail"), "{said}");
+        assert!(last.contains("must be started again"), "{said}");
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!(is_answer(found, expected), "one worker is left and takes what the other lost");
+        }
+        assert!(members(&cluster).await.iter().all(|member| member["pid"] != pid), "it gave its lease back");
+        cluster.assert_idle().await;
+    });
+}
+
+fn start_failing(cluster: &Cluster, step: u32) -> Child {
+    let registry = format!("membership.registry={:?}", cluster.router.grpc);
+    let fail = format!("debug.fail_step={step}");
+    Command::new(baton())
+        .args(["worker", "--role", "decode", "--set", &registry, "--set", &fail, "--set", "threads=1"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("baton starts")
+}
+
+async fn until<F: Future<Output = bool>>(holds: impl Fn() -> F) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !holds().await {
+        assert!(Instant::now() < deadline, "waited in vain");
+        sleep(Duration::from_millis(20)).await;
+    }
 }
 
 struct Fault<'a> {

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use kernels::{
     Entry, EntryOutput, Input, Logprobs, SampledToken, Sampling, SlotInit, StepInput, TokenLogprob,
 };
-use kv::{BlockId, KvDtype, KvError, KvLayout, KvMemory, StepId, Transfer};
+use kv::{BlockId, Digest, KvDtype, KvError, KvLayout, KvMemory, Payload, StepId, Transfer};
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard},
@@ -150,8 +150,8 @@ impl Executor for FakeExecutor {
 
 enum Job {
     Step(StepId, StepInput),
-    Read { block: BlockId, rows: u32, done: oneshot::Sender<Result<Bytes, KvError>> },
-    Write { block: BlockId, payload: Bytes, done: oneshot::Sender<Result<(), KvError>> },
+    Read { block: BlockId, rows: u32, done: oneshot::Sender<Result<Payload, KvError>> },
+    Write { block: BlockId, payload: Payload, done: oneshot::Sender<Result<(), KvError>> },
 }
 
 pub(crate) struct FakeMemory {
@@ -178,7 +178,7 @@ impl KvMemory for FakeMemory {
         self.fake.blocks
     }
 
-    fn read(&self, block: BlockId, rows: u32, after: StepId) -> Transfer<Bytes> {
+    fn read(&self, block: BlockId, rows: u32, after: StepId) -> Transfer<Payload> {
         let (done, transfer) = oneshot::channel();
         let mut device = self.device();
         assert!(after <= device.submitted(), "a read after a step that was never submitted");
@@ -187,11 +187,11 @@ impl KvMemory for FakeMemory {
         transfer
     }
 
-    fn write(&self, block: BlockId, rows: u32, payload: Bytes, after: StepId) -> Transfer<()> {
+    fn write(&self, block: BlockId, rows: u32, payload: Payload, after: StepId) -> Transfer<()> {
         let (done, transfer) = oneshot::channel();
         let mut device = self.device();
         assert!(after <= device.submitted(), "a write after a step that was never submitted");
-        assert_eq!(payload.len(), rows as usize * ROW_BYTES);
+        assert_eq!(payload.bytes.len(), rows as usize * ROW_BYTES);
         device.jobs.push_back(Job::Write { block, payload, done });
         device.run_transfers();
         transfer
@@ -230,7 +230,7 @@ impl Device {
     fn run_transfers(&mut self) {
         while let Some(job) = self.jobs.pop_front() {
             match job {
-                Job::Read { block, rows, done } => drop(done.send(Ok(self.read(block, rows)))),
+                Job::Read { block, rows, done } => drop(done.send(Ok(Payload::new(self.read(block, rows))))),
                 Job::Write { block, payload, done } => drop(done.send(self.write(block, &payload))),
                 step => return self.jobs.push_front(step),
             }
@@ -242,12 +242,12 @@ impl Device {
         self.rows[first..first + rows as usize].iter().flat_map(|row| row.to_le_bytes()).collect()
     }
 
-    fn write(&mut self, block: BlockId, payload: &Bytes) -> Result<(), KvError> {
+    fn write(&mut self, block: BlockId, payload: &Payload) -> Result<(), KvError> {
         let first = block as usize * self.block_tokens;
-        for (at, row) in payload.chunks_exact(ROW_BYTES).enumerate() {
+        for (at, row) in payload.bytes.chunks_exact(ROW_BYTES).enumerate() {
             self.rows[first + at] = u64::from_le_bytes(row.try_into().expect("chunks are exact"));
         }
-        Ok(())
+        Digest::of(&payload.bytes).expect(payload.digest)
     }
 
     fn run_step(&mut self) -> (StepId, Vec<EntryOutput>) {

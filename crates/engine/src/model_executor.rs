@@ -2,9 +2,8 @@
 //! they were asked for, which is all the ordering the seams demand.
 
 use crate::{Executor, ExecutorError, Limits, StepOutput};
-use bytes::Bytes;
 use kernels::{Backend, StepInput};
-use kv::{BlockId, KvError, KvLayout, KvMemory, Reply, StepId, Transfer};
+use kv::{BlockId, KvError, KvLayout, KvMemory, Payload, Reply, StepId, Transfer};
 use model::{Launched, ModelRunner};
 use std::{
     collections::VecDeque,
@@ -31,13 +30,13 @@ pub struct ModelExecutor {
 
 enum Command {
     Step(StepId, StepInput),
-    Read(BlockId, u32, Reply<Bytes>),
-    Write(BlockId, u32, Bytes, Reply<()>),
+    Read(BlockId, u32, Reply<Payload>),
+    Write(BlockId, u32, Payload, Reply<()>),
 }
 
 impl ModelExecutor {
-    /// Moves the runner to a thread of its own.
-    pub fn new<B: Backend>(runner: ModelRunner<B>) -> std::io::Result<Self> {
+    /// Moves the runner to a thread of its own. `fail_step` names a step that breaks the device, for tests of what follows.
+    pub fn new<B: Backend>(runner: ModelRunner<B>, fail_step: Option<StepId>) -> std::io::Result<Self> {
         let shape = runner.shape();
         let limits = Limits {
             max_sequences: shape.max_sequences,
@@ -49,7 +48,7 @@ impl ModelExecutor {
         let (commands, received) = sync_channel(COMMANDS);
         // At most `IN_FLIGHT` outputs are ever uncollected.
         let (sender, outputs) = mpsc::unbounded_channel();
-        let device = Device { runner, flying: VecDeque::new(), outputs: sender };
+        let device = Device { runner, flying: VecDeque::new(), outputs: sender, fail_step };
         thread::Builder::new().name("device".to_owned()).spawn(move || device.run(&received))?;
         let memory = Arc::new(ModelMemory { commands: commands.clone(), layout, blocks });
         Ok(ModelExecutor { commands, outputs, submitted: 0, limits, memory })
@@ -86,6 +85,7 @@ struct Device<B: Backend> {
     runner: ModelRunner<B>,
     flying: VecDeque<(StepId, Launched<B>, Instant)>,
     outputs: mpsc::UnboundedSender<Result<StepOutput, ExecutorError>>,
+    fail_step: Option<StepId>,
 }
 
 impl<B: Backend> Device<B> {
@@ -93,11 +93,11 @@ impl<B: Backend> Device<B> {
     fn run(mut self, commands: &Receiver<Command>) {
         if let Err(error) = self.serve(commands) {
             tracing::error!(%error, "the device failed");
-            let _ = self.outputs.send(Err(ExecutorError(error.to_string())));
+            let _ = self.outputs.send(Err(error));
         }
     }
 
-    fn serve(&mut self, commands: &Receiver<Command>) -> Result<(), kernels::Error> {
+    fn serve(&mut self, commands: &Receiver<Command>) -> Result<(), ExecutorError> {
         loop {
             let command = match self.flying.is_empty() {
                 true => commands.recv().map_err(|_| TryRecvError::Disconnected),
@@ -111,7 +111,7 @@ impl<B: Backend> Device<B> {
         }
     }
 
-    fn take(&mut self, command: Command) -> Result<(), kernels::Error> {
+    fn take(&mut self, command: Command) -> Result<(), ExecutorError> {
         match command {
             Command::Step(step, input) => return self.launch(step, &input),
             Command::Read(block, rows, reply) => self.runner.kv_read(block, rows, reply),
@@ -121,9 +121,15 @@ impl<B: Backend> Device<B> {
     }
 
     /// What is done already, as every step of a CPU is, is answered before anything else is taken.
-    fn launch(&mut self, step: StepId, input: &StepInput) -> Result<(), kernels::Error> {
+    fn launch(&mut self, step: StepId, input: &StepInput) -> Result<(), ExecutorError> {
         let began = Instant::now();
-        let launched = self.runner.launch(input)?;
+        if self.fail_step == Some(step) {
+            self.runner.fail().map_err(|error| failed_in(step, &error))?;
+        }
+        let launched = self.runner.launch(input).map_err(|error| {
+            let (entries, tokens) = (input.entries.len(), input.tokens());
+            failed_in(step, &format_args!("{error} (of {entries} sequences, {tokens} tokens)"))
+        })?;
         self.flying.push_back((step, launched, began));
         while let Some((_, oldest, _)) = self.flying.front() {
             let full = self.flying.len() >= ModelExecutor::IN_FLIGHT;
@@ -135,13 +141,18 @@ impl<B: Backend> Device<B> {
         Ok(())
     }
 
-    fn finish_oldest(&mut self) -> Result<(), kernels::Error> {
+    fn finish_oldest(&mut self) -> Result<(), ExecutorError> {
         if let Some((step, launched, began)) = self.flying.pop_front() {
-            let entries = self.runner.finish(launched)?;
+            let entries = self.runner.finish(launched).map_err(|error| failed_in(step, &error))?;
             let _ = self.outputs.send(Ok(StepOutput { step, entries, elapsed: began.elapsed() }));
         }
         Ok(())
     }
+}
+
+/// The step in which an error shows; on a device that runs behind, the cause may lie in one before it.
+fn failed_in(step: StepId, error: &dyn std::fmt::Display) -> ExecutorError {
+    ExecutorError(format!("step {step}: {error}"))
 }
 
 /// The pool's bytes, through the same queue as the steps: whatever was submitted before is done before.
@@ -172,12 +183,12 @@ impl KvMemory for ModelMemory {
         self.blocks
     }
 
-    fn read(&self, block: BlockId, rows: u32, _after: StepId) -> Transfer<Bytes> {
+    fn read(&self, block: BlockId, rows: u32, _after: StepId) -> Transfer<Payload> {
         self.ask(block, |reply| Command::Read(block, rows, reply))
     }
 
-    fn write(&self, block: BlockId, rows: u32, payload: Bytes, _after: StepId) -> Transfer<()> {
-        let (expected, found) = (self.layout.payload_bytes(rows), payload.len());
+    fn write(&self, block: BlockId, rows: u32, payload: Payload, _after: StepId) -> Transfer<()> {
+        let (expected, found) = (self.layout.payload_bytes(rows), payload.bytes.len());
         if expected != found {
             return failed(KvError::WrongLength { rows, expected, found });
         }

@@ -50,7 +50,7 @@ fn start(role: Role, blocks: u32, chunk: u32, prefix_cache: bool) -> EngineHandl
     };
     let backend = CpuBackend::new(CpuOptions::default()).expect("a thread pool");
     let runner = ModelRunner::load(&demo("checkpoint"), backend, options).expect("the demo model loads");
-    let executor = ModelExecutor::new(runner).expect("a thread");
+    let executor = ModelExecutor::new(runner, None).expect("a thread");
     spawn(
         executor,
         EngineConfig { role, max_sequences: 16, max_step_tokens: chunk, prefix_cache, ..Default::default() },

@@ -7,9 +7,8 @@ use crate::{
     digest::Binding,
     sender::{self, Action, Bounds, Event, Failure},
 };
-use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use kv::{BlockId, KvError, KvMemory, StepId, Transfer};
+use kv::{BlockId, KvError, KvMemory, Payload, StepId, Transfer};
 use proto::{deliver_message::Message, deliver_reply::Reply, handoff_client::HandoffClient};
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 use tokio::{
@@ -93,8 +92,8 @@ pub struct Delivery {
     sender: sender::Sender,
     /// Where each computed block lies, and the step that completes it.
     places: Vec<Option<(BlockId, StepId)>>,
-    reads: FuturesUnordered<BoxFuture<'static, (u32, Result<Bytes, KvError>)>>,
-    fetched: Option<Bytes>,
+    reads: FuturesUnordered<BoxFuture<'static, (u32, Result<Payload, KvError>)>>,
+    fetched: Option<Payload>,
     commit: Option<proto::Commit>,
     queue: VecDeque<Message>,
     outgoing: mpsc::Sender<proto::DeliverMessage>,
@@ -178,7 +177,7 @@ impl Delivery {
             tokio::select! {
                 // What has come in counts before the time it took to get here.
                 biased;
-                Some((index, bytes)) = self.reads.next() => self.read(index, bytes),
+                Some((index, payload)) = self.reads.next() => self.read(index, payload),
                 reply = self.replies.next() => self.reply(reply),
                 () = push(&self.outgoing, &mut self.queue), if !self.queue.is_empty() => {}
                 _ = self.clock.tick() => self.beat(),
@@ -230,10 +229,10 @@ impl Delivery {
         self.reads.push(async move { (index, landed(transfer).await) }.boxed());
     }
 
-    fn read(&mut self, index: u32, bytes: Result<Bytes, KvError>) {
-        match bytes {
-            Ok(bytes) => {
-                self.fetched = Some(bytes);
+    fn read(&mut self, index: u32, payload: Result<Payload, KvError>) {
+        match payload {
+            Ok(payload) => {
+                self.fetched = Some(payload);
                 self.on(Event::Fetched { index });
                 self.fetched = None;
             }
@@ -245,9 +244,9 @@ impl Delivery {
         let (Some(payload), binding) = (self.fetched.take(), self.order.bindings[index as usize]) else {
             return;
         };
+        let (rows, digest, payload) = (binding.rows, binding.seal(payload.digest), payload.bytes);
         self.sent.bytes += payload.len() as u64;
-        let digest = binding.digest(&payload);
-        self.queue.push_back(Message::Offer(proto::Offer { index, rows: binding.rows, digest, payload }));
+        self.queue.push_back(Message::Offer(proto::Offer { index, rows, digest, payload }));
     }
 
     fn beat(&mut self) {

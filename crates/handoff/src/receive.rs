@@ -1,6 +1,6 @@
 //! Drives a [`Receiver`]: one [`Incoming`] for each reservation, owned by the task that serves the router's
-//! call, fed by the delivery streams through a bounded [`Inbox`]. Checks epoch, fingerprints, rows and digest
-//! before a byte is written, and writes only through [`KvMemory`]. Knows neither engine nor sockets.
+//! call, fed by the delivery streams through a bounded [`Inbox`]. Checks epoch, fingerprints and rows
+//! before a byte is written, and writes only through [`KvMemory`], which compares the digest of what has landed. Knows neither engine nor sockets.
 
 use crate::{
     deliver::landed,
@@ -8,7 +8,7 @@ use crate::{
     receiver::{Action, Answer, Event, Patience, Receiver, Reply, State},
 };
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use kv::{BlockId, KvError, KvMemory, StepId};
+use kv::{BlockId, KvError, KvMemory, Payload, StepId};
 use proto::{ErrorCode, deliver_reply::Reply as Wire};
 use std::{sync::Arc, time::Duration};
 use tokio::{sync::mpsc, time::Instant};
@@ -286,40 +286,33 @@ impl Incoming {
             return;
         };
         if let Err(error) = self.check(&offer) {
-            tracing::warn!(index, %error, "refused a block");
-            self.received.refused += 1;
             self.fault = Some(error);
             return self.on(Event::Spoiled { index }, Heard { from: heard.from, offer: None });
         }
-        let bytes = offer.payload.len() as u64;
+        let digest = self.plan.bindings[index as usize].open(offer.digest);
+        let payload = Payload { bytes: offer.payload, digest };
+        let bytes = payload.bytes.len() as u64;
         let block = self.plan.blocks[index as usize];
-        let transfer = self.memory.write(block, offer.rows, offer.payload, (self.after)());
+        let transfer = self.memory.write(block, offer.rows, payload, (self.after)());
         self.writes.push(async move { (index, bytes, landed(transfer).await) }.boxed());
     }
 
-    fn check(&self, offer: &proto::Offer) -> Result<(), proto::Error> {
+    /// Bytes that no write could take.
+    fn check(&mut self, offer: &proto::Offer) -> Result<(), proto::Error> {
         let binding = self.plan.bindings[offer.index as usize];
         let expected = self.memory.layout().payload_bytes(binding.rows);
-        if offer.rows != binding.rows || offer.payload.len() != expected {
-            let message = format!(
-                "block {} came as {} rows in {} bytes, {} rows in {expected} bytes were expected",
-                offer.index,
-                offer.rows,
-                offer.payload.len(),
-                binding.rows
-            );
-            return Err(proto::Error::new(ErrorCode::InvalidRequest, message));
-        }
-        let found = binding.digest(&offer.payload);
-        if found == offer.digest {
+        if offer.rows == binding.rows && offer.payload.len() == expected {
             return Ok(());
         }
+        self.received.refused += 1;
         let message = format!(
-            "block {}: the bytes have digest {found:016x} and were announced with {:016x}: \
-             damaged on the way, or of another prefix",
-            offer.index, offer.digest
+            "block {} came as {} rows in {} bytes, {} rows in {expected} bytes were expected",
+            offer.index,
+            offer.rows,
+            offer.payload.len(),
+            binding.rows
         );
-        Err(proto::Error::new(ErrorCode::Digest, message))
+        Err(proto::Error::new(ErrorCode::InvalidRequest, message))
     }
 
     fn written(&mut self, index: u32, bytes: u64, result: Result<(), KvError>) {
@@ -330,10 +323,23 @@ impl Incoming {
                 self.on(Event::Written { index }, NOBODY);
             }
             Err(error) => {
-                self.fault = Some(proto::Error::new(ErrorCode::Internal, error.to_string()));
+                self.fault = Some(self.spoiled(index, &error));
                 self.on(Event::Spoiled { index }, NOBODY);
             }
         }
+    }
+
+    fn spoiled(&mut self, index: u32, error: &KvError) -> proto::Error {
+        let code = match error {
+            KvError::Damaged { .. } => {
+                self.received.refused += 1;
+                ErrorCode::Digest
+            }
+            _ => ErrorCode::Internal,
+        };
+        let error = proto::Error::new(code, format!("block {index}: {error}"));
+        tracing::warn!(index, %error, "a block cannot be used");
+        error
     }
 
     fn reply(&mut self, epoch: u32, reply: Reply, from: Option<(u32, &Replies)>) {

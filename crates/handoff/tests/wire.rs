@@ -4,12 +4,12 @@ use bytes::Bytes;
 use handoff::{
     Error, Patience,
     deliver::{Delivery, Options, Order, Progress, Sent},
-    digest::bindings,
+    digest::{Binding, bindings},
     receive::{Inbox, Incoming, Outcome, Plan},
     receiver::Answer,
     serve, transport,
 };
-use kv::{BlockId, KvDtype, KvError, KvLayout, KvMemory, StepId, Transfer};
+use kv::{BlockId, Digest, KvDtype, KvError, KvLayout, KvMemory, Payload, StepId, Transfer};
 use proto::{ErrorCode, handoff_server::HandoffServer};
 use std::{
     collections::{HashMap, HashSet},
@@ -31,6 +31,8 @@ struct Memory {
     blocks: Mutex<HashMap<BlockId, Bytes>>,
     /// Blocks whose next write fails.
     broken: Mutex<HashSet<BlockId>>,
+    /// Blocks in whose next write a bit flips.
+    flaky: Mutex<HashSet<BlockId>>,
     /// Blocks whose writes wait for [`Memory::land`].
     slow: Mutex<HashSet<BlockId>>,
     waiting: Mutex<Vec<oneshot::Sender<Result<(), KvError>>>>,
@@ -47,18 +49,24 @@ impl KvMemory for Memory {
         64
     }
 
-    fn read(&self, block: BlockId, rows: u32, _: StepId) -> Transfer<Bytes> {
+    fn read(&self, block: BlockId, rows: u32, _: StepId) -> Transfer<Payload> {
         let content = self.blocks.lock().unwrap().get(&block).cloned();
         assert_eq!(content.as_ref().map(Bytes::len), Some(LAYOUT.payload_bytes(rows)));
-        done(content.ok_or_else(|| KvError::Stopped("never written".into())))
+        done(content.map(Payload::new).ok_or_else(|| KvError::Stopped("never written".into())))
     }
 
-    fn write(&self, block: BlockId, _: u32, payload: Bytes, _: StepId) -> Transfer<()> {
+    fn write(&self, block: BlockId, _: u32, payload: Payload, _: StepId) -> Transfer<()> {
         *self.writes.lock().unwrap().entry(block).or_default() += 1;
         if self.broken.lock().unwrap().remove(&block) {
             return done(Err(KvError::Stopped("a bad cell".into())));
         }
-        self.blocks.lock().unwrap().insert(block, payload);
+        let mut landed = payload.bytes.to_vec();
+        landed[17] ^= u8::from(self.flaky.lock().unwrap().remove(&block));
+        let intact = Digest::of(&landed).expect(payload.digest);
+        if intact.is_err() {
+            return done(intact);
+        }
+        self.blocks.lock().unwrap().insert(block, landed.into());
         if self.slow.lock().unwrap().contains(&block) {
             let (sender, receiver) = oneshot::channel();
             self.waiting.lock().unwrap().push(sender);
@@ -244,23 +252,47 @@ async fn a_block_that_could_not_be_kept_is_sent_again() {
 }
 
 #[tokio::test]
-async fn bytes_of_another_prefix_are_never_written() {
+async fn a_block_in_which_a_bit_flipped_is_sent_again() {
     let mut decode = Decode::start(0, LONG).await;
-    let mut other = tokens();
-    other[1] = 1000;
-    let order =
-        Order { bindings: bindings(&other, LAYOUT.block_tokens, LAYOUT.fingerprint()), ..order(&decode) };
+    decode.memory.flaky.lock().unwrap().insert(5);
+    let ((sent, _), outcome) = tokio::join!(deliver(open(order(&decode))), decode.incoming.run());
+    assert_eq!(sent.unwrap().blocks, blocks());
+    assert!(matches!(outcome, Outcome::Complete(_)));
+    decode.assert_filled(0);
+    assert_eq!((decode.incoming.received().refused, decode.memory.writes.lock().unwrap()[&5]), (1, 2));
+}
+
+/// Delivers what is announced under `bindings`: refused as often as it is tried, and nothing is kept.
+async fn assert_refused(bindings: Vec<Binding>, wrong: &[u32]) {
+    let mut decode = Decode::start(0, LONG).await;
+    let order = Order { bindings, ..order(&decode) };
     let error = tokio::select! {
         (result, released) = deliver(open(order)) => {
-            assert!(released.is_empty(), "{released:?}");
+            assert!(wrong.iter().all(|index| !released.contains(index)), "{released:?}");
             result.expect_err("must be refused")
         }
         outcome = decode.incoming.run() => panic!("{outcome:?}"),
     };
     assert_eq!(error.code(), ErrorCode::Digest, "{error}");
-    assert!(error.to_string().contains("of another prefix"), "{error}");
-    assert!(decode.memory.writes.lock().unwrap().is_empty());
+    assert!(error.to_string().contains("of another prefix or place"), "{error}");
+    let kept = decode.memory.blocks.lock().unwrap();
+    assert!(wrong.iter().all(|index| !kept.contains_key(&(index + 1))), "{kept:?}");
     assert!(decode.incoming.received().refused >= Options::default().tries);
+}
+
+#[tokio::test]
+async fn blocks_of_another_prefix_are_refused() {
+    let mut other = tokens();
+    other[1] = 1000;
+    let all: Vec<u32> = (0..blocks()).collect();
+    assert_refused(bindings(&other, LAYOUT.block_tokens, LAYOUT.fingerprint()), &all).await;
+}
+
+#[tokio::test]
+async fn blocks_that_changed_places_are_refused() {
+    let mut swapped = bindings(&tokens(), LAYOUT.block_tokens, LAYOUT.fingerprint());
+    swapped.swap(2, 4);
+    assert_refused(swapped, &[2, 4]).await;
 }
 
 #[tokio::test]

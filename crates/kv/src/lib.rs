@@ -1,13 +1,15 @@
 //! Blocks of the KV cache: their names (hashes), their bookkeeping ([`BlockPool`]), the shape of
-//! their bytes ([`KvLayout`]) and the seam through which those bytes are read and written
-//! ([`KvMemory`]). Owns no device memory and knows neither engine nor wire.
+//! their bytes ([`KvLayout`]), what those bytes are known by ([`Digest`]) and the seam through which they are read and
+//! written ([`KvMemory`]). Owns no device memory and knows neither engine nor wire.
 
+mod digest;
 mod hash;
 mod layout;
 mod list;
 mod memory;
 mod pool;
 
+pub use digest::{Digest, Payload};
 pub use hash::{BlockHash, hash_blocks};
 pub use layout::{KvDtype, KvLayout};
 pub use memory::{KvError, KvMemory, Reply, StepId, Transfer, transfer};

@@ -6,9 +6,8 @@ use crate::{
     forward::{Activations, Network},
     load::Loader,
 };
-use bytes::Bytes;
 use kernels::{Backend, EntryOutput, GraphKey, Shape, StepInput};
-use kv::{BlockId, KvLayout, Reply};
+use kv::{BlockId, KvLayout, Payload, Reply};
 use std::path::Path;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,13 +103,18 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// Copies out the first `rows` tokens of every layer of a block.
-    pub fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Bytes>) {
+    pub fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) {
         self.backend.kv_read(block, rows, reply);
     }
 
     /// Copies `payload` (the form `kv_read` gives) into a block.
-    pub fn kv_write(&mut self, block: BlockId, rows: u32, payload: Bytes, reply: Reply<()>) {
+    pub fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
         self.backend.kv_write(block, rows, payload, reply);
+    }
+
+    /// Breaks the device; see [`Backend::fail`].
+    pub fn fail(&mut self) -> Result<(), kernels::Error> {
+        self.backend.fail()
     }
 
     pub fn layout(&self) -> KvLayout {

@@ -120,7 +120,13 @@ fn the_batch_changes_no_bit() {
     assert_same(&bits(&rig, 0), &expected, "in a batch of three");
 }
 
-/// What one worker computed, another goes on from: blocks travel as bytes.
+fn write(rig: &mut Rig, block: u32, rows: u32, payload: kv::Payload) -> Result<(), kv::KvError> {
+    let (reply, mut written) = kv::transfer();
+    rig.runner.kv_write(block, rows, payload, reply);
+    written.try_recv().unwrap()
+}
+
+/// What one worker computed, another goes on from: blocks travel as bytes, and damaged ones are refused.
 #[test]
 fn blocks_read_here_and_written_there_change_no_bit() {
     let mut expected_rig = rig(CpuOptions::default());
@@ -135,10 +141,12 @@ fn blocks_read_here_and_written_there_change_no_bit() {
             from.runner.kv_read(TABLE[index], rows, reply);
             read.try_recv().unwrap().unwrap()
         };
-        assert_eq!(payload.len(), from.runner.layout().payload_bytes(rows));
-        let (reply, mut written) = kv::transfer();
-        to.runner.kv_write(*block, rows, payload, reply);
-        written.try_recv().unwrap().unwrap();
+        assert_eq!(payload.bytes.len(), from.runner.layout().payload_bytes(rows));
+        let mut damaged = payload.clone();
+        damaged.bytes =
+            payload.bytes.iter().enumerate().map(|(at, byte)| byte ^ u8::from(at == 99)).collect();
+        assert!(matches!(write(&mut to, *block, rows, damaged), Err(kv::KvError::Damaged { .. })));
+        write(&mut to, *block, rows, payload).unwrap();
     }
     let tokens = [prompt(0), first.clone()].concat();
     let mut entry = read(0, &first, LENGTH, &other_table);

@@ -18,8 +18,7 @@ use crate::{
     Backend, Dtype, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, QueryTensors, Shape,
     StepInput, Tensor, Weights,
 };
-use bytes::Bytes;
-use kv::{BlockId, KvDtype, KvError, KvLayout, Reply};
+use kv::{BlockId, Digest, KvDtype, KvError, KvLayout, Payload, Reply};
 use rayon::prelude::*;
 
 /// Rows of prompt logprobs whose logits are held at once.
@@ -327,12 +326,19 @@ impl Backend for CpuBackend {
         self.threads.clone().install(|| run(self))
     }
 
-    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Bytes>) {
-        self.transfer(reply, |pool| pool.read(block, rows));
+    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) {
+        self.transfer(reply, |pool| pool.read(block, rows).map(Payload::new));
     }
 
-    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Bytes, reply: Reply<()>) {
-        self.transfer(reply, |pool| pool.write(block, rows, &payload));
+    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
+        self.transfer(reply, |pool| {
+            pool.write(block, rows, &payload.bytes)?;
+            Digest::of(&pool.read(block, rows)?).expect(payload.digest)
+        });
+    }
+
+    fn fail(&mut self) -> Result<(), Error> {
+        Err(Error::Device("it was told to fail".to_string()))
     }
 }
 
@@ -360,13 +366,12 @@ impl CpuBackend {
 
     fn prompt_logprobs(&mut self, step: &mut Step, x: &Buffer, head: &Linear) -> Result<(), Error> {
         let tokenizer_size = self.prepared()?.shape.tokenizer_size as usize;
-        let wanted: Vec<Wanted> = wanted(step);
-        for wanted in wanted.chunks(LOGPROB_ROWS) {
-            let rows: Vec<usize> = wanted.iter().map(|wanted| wanted.row).collect();
+        for wanted in step.wanted.chunks(LOGPROB_ROWS) {
+            let rows: Vec<usize> = wanted.iter().map(|wanted| wanted.row as usize).collect();
             let mut logits = vec![0.0; rows.len() * head.packed.n];
             self.threads.install(|| self.apply(&gather(x, &rows), head, &mut logits));
             for (wanted, logits) in wanted.iter().zip(logits.chunks_exact(head.packed.n)) {
-                let (slot, position) = (step.entries[wanted.entry].slot, step.positions[wanted.row]);
+                let (slot, position) = (step.entries[wanted.entry].slot, wanted.position);
                 if let Some(tap) = &self.options.tap {
                     tap(Tapped::Logits { slot, position, logits });
                 }
@@ -388,27 +393,6 @@ impl CpuBackend {
         // Whoever asked may have stopped waiting.
         let _ = reply.send(result);
     }
-}
-
-/// A prompt logprob to take.
-struct Wanted {
-    entry: usize,
-    row: usize,
-    target: u32,
-    top: u32,
-}
-
-fn wanted(step: &Step) -> Vec<Wanted> {
-    let entries = step.entries.iter().enumerate();
-    let asked = entries.filter_map(|(index, entry)| Some((index, entry, entry.prompt_logprobs.as_ref()?)));
-    asked
-        .flat_map(|(index, entry, asked)| {
-            let rows = entry.rows.clone().zip(&asked.targets);
-            rows.filter_map(move |(row, target)| {
-                Some(Wanted { entry: index, row, target: (*target)?, top: asked.top })
-            })
-        })
-        .collect()
 }
 
 fn gather(x: &Buffer, rows: &[usize]) -> Vec<f32> {

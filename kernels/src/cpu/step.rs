@@ -2,7 +2,7 @@
 
 use super::sample::{Count, History, Row};
 use crate::{
-    Entry, EntryOutput, Error, Input, PromptLogprobs, SampledToken, Sampling, Shape, SlotInit, StepInput,
+    Entry, EntryOutput, Error, Input, SampledToken, Sampling, Shape, SlotInit, StepInput, WantedLogprob,
     check::check, math::angles,
 };
 use std::{ops::Range, sync::Arc};
@@ -15,6 +15,7 @@ pub struct Step {
     /// (cos, sin) of every rotary pair of every row.
     pub angles: Vec<(f32, f32)>,
     pub entries: Vec<Placed>,
+    pub wanted: Vec<WantedLogprob>,
     pub outputs: Vec<EntryOutput>,
 }
 
@@ -26,7 +27,6 @@ pub struct Placed {
     pub start: u32,
     pub block_table: Vec<u32>,
     pub sample: bool,
-    pub prompt_logprobs: Option<PromptLogprobs>,
 }
 
 impl Placed {
@@ -75,6 +75,7 @@ impl Slots {
             positions: Vec::with_capacity(step.tokens()),
             angles: Vec::with_capacity(step.tokens() * shape.rope_frequencies.len()),
             entries: Vec::with_capacity(step.entries.len()),
+            wanted: step.wanted_logprobs(),
             outputs: vec![EntryOutput::default(); step.entries.len()],
         };
         for entry in &step.entries {
@@ -99,7 +100,6 @@ impl Slots {
             start: entry.start,
             block_table: entry.block_table.clone(),
             sample: entry.sample,
-            prompt_logprobs: entry.prompt_logprobs.clone(),
         });
         Ok(())
     }

@@ -4,7 +4,7 @@ use super::{
     CudaBackend,
     activate::{self, Rows, Source},
     device::{Address, Device},
-    elementwise,
+    digest, elementwise,
     elementwise::LowQuery,
     gate,
     graphs::{self, Next},
@@ -20,8 +20,7 @@ use crate::{
     Backend, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, Shape, StepInput, Tensor,
     Weights, check::check,
 };
-use bytes::Bytes;
-use kv::{BlockId, KvDtype, KvError, KvLayout, Reply};
+use kv::{BlockId, Digest, KvDtype, KvError, KvLayout, Payload, Reply};
 
 /// Rows of prompt logprobs whose logits are held at once.
 pub(super) const LOGPROB_ROWS: usize = 32;
@@ -87,7 +86,6 @@ impl Backend for CudaBackend {
         let (device, prepared) = self.parts()?;
         device.bind()?;
         check(step, &prepared.shape)?;
-        step.init.iter().try_for_each(|init| prepared.slots.check(init))?;
         prepared.known.accept(step)?;
         for init in &step.init {
             prepared.slots.init_slot(device, init)?;
@@ -314,18 +312,24 @@ impl Backend for CudaBackend {
         self.collect()
     }
 
-    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Bytes>) {
+    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) {
         match &self.prepared {
             Some(prepared) => prepared.pool.read(&self.device, block, rows, reply),
             None => drop(reply.send(Err(KvError::Stopped("no model is loaded".to_string())))),
         }
     }
 
-    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Bytes, reply: Reply<()>) {
+    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
         match &self.prepared {
-            Some(prepared) => prepared.pool.write(&self.device, block, rows, &payload, reply),
+            Some(prepared) => prepared.pool.write(&self.device, block, rows, payload, reply),
             None => drop(reply.send(Err(KvError::Stopped("no model is loaded".to_string())))),
         }
+    }
+
+    /// Reads where no memory is.
+    fn fail(&mut self) -> Result<(), Error> {
+        let nowhere = digest::Rows { block: 8, width: Digest::LEAF, stride: Digest::LEAF, layers: 1 };
+        digest::leaves(&self.device, &self.device.stream, nowhere, 8)
     }
 }
 

@@ -1,9 +1,15 @@
 //! One GPU: context, stream, the embedded kernels, memory. Everything is enqueued on one stream; nothing here waits but
 //! [`Device::synchronize`] and the constructors.
 
+pub(crate) use super::fault::device;
+use super::fault::text;
 use crate::Error;
 use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, result, sys};
-use std::{collections::HashMap, ffi::c_void, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    ffi::c_void,
+    sync::Arc,
+};
 
 /// (family, architecture, cubin), made by build.rs; empty without the feature `cuda`.
 static CUBINS: &[(&str, &str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/cubins.rs"));
@@ -87,7 +93,9 @@ impl Device {
         // SAFETY: only asks whether the library is there.
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::Unavailable(
-                "libcuda.so was not found: install the NVIDIA driver, or use --backend cpu".to_string(),
+                "libcuda.so was not found: install the NVIDIA driver, in a container start it with --gpus all or ask for \
+                 nvidia.com/gpu, or use --backend cpu"
+                    .to_string(),
             ));
         }
         let context = CudaContext::new(ordinal).map_err(|error| unusable(ordinal, error))?;
@@ -109,13 +117,18 @@ impl Device {
 
     /// Enqueues a kernel; `name` is its `extern "C"` name, which is unique among all families.
     pub fn launch(&self, name: &str, grid: Grid, args: Args) -> Result<(), Error> {
+        self.launch_on(&self.stream, name, grid, args)
+    }
+
+    /// The same on another stream of this device.
+    pub fn launch_on(&self, stream: &CudaStream, name: &str, grid: Grid, args: Args) -> Result<(), Error> {
         let function = self.functions.get(name);
         let function = function.ok_or_else(|| Error::Device(format!("no kernel is called {name}")))?;
         let Args { mut words, begins } = args;
         let mut pointers: Vec<*mut c_void> =
             begins.iter().map(|begin| std::ptr::from_mut(&mut words[*begin]).cast()).collect();
         let mut cluster = cluster_attribute(grid.cluster);
-        let config = self.config(grid, &mut cluster);
+        let config = config(stream, grid, &mut cluster);
         // SAFETY: the launcher in the twin file passes what the kernel declares.
         let launched = unsafe {
             sys::cuLaunchKernelEx(
@@ -126,23 +139,7 @@ impl Device {
             )
             .result()
         };
-        launched.map_err(|error| Error::Device(format!("{name} {grid:?}: {error}")))
-    }
-
-    fn config(&self, grid: Grid, cluster: &mut sys::CUlaunchAttribute) -> sys::CUlaunchConfig {
-        let [x, y, z] = grid.blocks;
-        sys::CUlaunchConfig {
-            gridDimX: x,
-            gridDimY: y,
-            gridDimZ: z,
-            blockDimX: grid.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: grid.shared,
-            hStream: self.stream.cu_stream(),
-            attrs: cluster,
-            numAttrs: u32::from(grid.cluster > 1),
-        }
+        launched.map_err(|error| Error::Device(format!("kernel {name} {grid:?}: {}", text(error))))
     }
 
     pub fn alloc(&self, bytes: usize) -> Result<Memory, Error> {
@@ -151,8 +148,9 @@ impl Device {
         let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|error| {
             let (free, total) = self.context.mem_get_info().unwrap_or((0, 0));
             Error::Device(format!(
-                "{bytes} bytes of device memory: {error}; {free} of {total} are free. Lower kv_cache_mb, \
-                 kv_blocks or max_step_tokens, or choose a larger GPU"
+                "{bytes} bytes of device memory: {}; {free} of {total} are free. Lower kv_cache_mb, \
+                 kv_blocks or max_step_tokens, or choose a larger GPU",
+                text(error)
             ))
         })?;
         Ok(Memory { address, bytes, context: self.context.clone() })
@@ -179,6 +177,22 @@ impl Device {
 
     pub fn synchronize(&self) -> Result<(), Error> {
         self.stream.synchronize().map_err(device)
+    }
+}
+
+fn config(stream: &CudaStream, grid: Grid, cluster: &mut sys::CUlaunchAttribute) -> sys::CUlaunchConfig {
+    let [x, y, z] = grid.blocks;
+    sys::CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: z,
+        blockDimX: grid.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: grid.shared,
+        hStream: stream.cu_stream(),
+        attrs: cluster,
+        numAttrs: u32::from(grid.cluster > 1),
     }
 }
 
@@ -279,12 +293,8 @@ impl Drop for Memory {
     }
 }
 
-pub(crate) fn device(error: DriverError) -> Error {
-    Error::Device(error.to_string())
-}
-
 fn unusable(ordinal: usize, error: DriverError) -> Error {
-    Error::Unavailable(format!("GPU {ordinal} cannot be used ({error}); nvidia-smi lists those that can"))
+    Error::Unavailable(format!("GPU {ordinal} cannot be used: {}", text(error)))
 }
 
 fn load(
@@ -307,11 +317,8 @@ fn load(
         }
     }
     if functions.is_empty() {
-        let built: Vec<_> = CUBINS.iter().map(|(_, arch, _)| format!("sm_{arch}")).collect();
-        return Err(Error::Unavailable(format!(
-            "the GPU is sm_{major}{minor}; this binary has kernels for {}. Baton needs Hopper (H100, H200)",
-            built.first().map_or("nothing", String::as_str)
-        )));
+        let built: BTreeSet<_> = CUBINS.iter().map(|(_, arch, _)| *arch).collect();
+        return Err(Error::Unavailable(wrong_architecture(&arch, &built)));
     }
     let mut named = super::FAMILIES.iter().flat_map(|(_, names)| *names);
     match named.find(|name| !functions.contains_key(*name)) {
@@ -320,5 +327,29 @@ fn load(
     }
 }
 
+fn wrong_architecture(found: &str, built: &BTreeSet<&str>) -> String {
+    let built: Vec<_> = built.iter().map(|arch| format!("sm_{arch}")).collect();
+    let found = found.trim_end_matches('a');
+    format!(
+        "the GPU is sm_{found}, and this binary has kernels for {}: run the worker on a Hopper GPU (H100, H200), or use \
+         --backend cpu",
+        built.join(", ")
+    )
+}
+
 /// Shared memory that one block may have on Hopper: 227 KiB.
 const LARGEST_SHARED: i32 = 227 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_of_another_architecture_is_named_beside_those_that_would_do() {
+        let said = wrong_architecture("80a", &["90a"].into());
+        assert!(
+            said.contains("is sm_80,") && said.contains("for sm_90a:") && said.contains("H100"),
+            "{said}"
+        );
+    }
+}

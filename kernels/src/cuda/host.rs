@@ -1,7 +1,10 @@
 //! Pinned host memory, and what passes through it: step metadata up, results down, KV blocks both ways. Copies from and
 //! to pinned memory run beside kernels; an event says when one has passed, and nothing is reused before that.
 
-use super::device::{Address, Device, device};
+use super::{
+    device::{Address, Device, device},
+    fault::text,
+};
 use crate::Error;
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 use std::sync::Arc;
@@ -22,7 +25,11 @@ impl Pinned {
         context.bind_to_thread().map_err(device)?;
         // SAFETY: freed once, by drop; zeroed before it is ever read.
         let pointer = unsafe { result::malloc_host(bytes.max(1), 0) }
-            .map_err(|error| Error::Device(format!("{bytes} bytes of pinned host memory: {error}")))?
+            .map_err(|error| Error::Device(format!(
+                    "{bytes} bytes of pinned host memory: {}; raise the container's memory limit, or lower block_tokens or \
+                     max_step_tokens",
+                    text(error)
+                )))?
             .cast::<u8>();
         unsafe { pointer.write_bytes(0, bytes) };
         Ok(Pinned { pointer, bytes, context: context.clone() })

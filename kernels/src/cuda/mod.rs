@@ -7,8 +7,10 @@ pub mod activate;
 pub mod attention;
 mod backend;
 pub mod device;
+pub mod digest;
 pub mod direct;
 pub mod elementwise;
+mod fault;
 pub mod gate;
 mod graphs;
 mod host;
@@ -54,6 +56,7 @@ pub(crate) const FAMILIES: &[(&str, &[&str])] = &[
     ("absorbed", attention::ABSORBED_KERNELS),
     ("activate", activate::KERNELS),
     ("attention", attention::KERNELS),
+    ("digest", digest::KERNELS),
     ("direct", direct::KERNELS),
     ("elementwise", elementwise::KERNELS),
     ("gate", gate::KERNELS),

@@ -5,19 +5,15 @@ use super::{
     host::{Pinned, copy_up, event},
     step::{Extent, StepAddresses},
 };
-use crate::{Error, Logprobs, SampledToken, Sampling, SlotInit, TokenLogprob};
+use crate::{
+    Error, Logprobs, MAX_BIASES, MAX_LOGPROBS, MAX_SUPPRESSED, SampledToken, Sampling, SlotInit, TokenLogprob,
+};
 use cudarc::driver::CudaEvent;
 
 pub(super) const KERNELS: &[&str] = &["sample_rows", "sample_logprobs", "sample_resolve"];
 
-/// Largest number of `logit_bias` entries of a sequence.
-pub const MAX_BIASES: usize = 1024;
-/// Largest number of ids that `min_tokens` holds back.
-pub const MAX_SUPPRESSED: usize = 64;
-/// Largest number of tokens listed beside one, for sampled and for prompt tokens.
-pub const MAX_TOP: u32 = 20;
 /// Bytes of a [`SampleResult`] on the device.
-pub const RESULT_BYTES: usize = 4 * (4 + 3 + 3 * MAX_TOP as usize);
+pub const RESULT_BYTES: usize = 4 * (4 + 3 + 3 * MAX_LOGPROBS as usize);
 
 const THREADS: u32 = 1024;
 const PARAMETERS: usize = 16;
@@ -28,11 +24,10 @@ const IN_PROMPT: u16 = 1 << 15;
 const MAX_COUNT: u16 = IN_PROMPT - 1;
 
 /// Parameters, bias, suppressed ids and history of every slot, and the token that each sampled last.
-/// Takes `slots × (8516 + 2 × vocab)` bytes or a little more: 71 MB for 256 slots and 129 280 ids.
+/// Takes `slots × (12612 + 2 × vocab)` bytes or a little more: 69 MB for 256 slots and 129 280 ids.
 pub struct SamplerState {
     slots: Memory,
     last: Memory,
-    count: u32,
     vocab: u32,
     /// Host memory on its way to the device, and what is free again.
     staged: Vec<Staged>,
@@ -49,7 +44,7 @@ impl SamplerState {
             (device.alloc(slots as usize * stride(vocab))?, device.alloc(4 * slots as usize)?);
         device.fill(&memory, 0)?;
         device.fill(&last, 0)?;
-        Ok(SamplerState { slots: memory, last, count: slots, vocab, staged: Vec::new() })
+        Ok(SamplerState { slots: memory, last, vocab, staged: Vec::new() })
     }
 
     /// u32 per slot: the token sampled last.
@@ -57,28 +52,8 @@ impl SamplerState {
         self.last.address()
     }
 
-    /// Whether the limits of this backend admit `init`. To be asked of all of a step before any is set.
-    pub fn check(&self, init: &SlotInit) -> Result<(), Error> {
-        let (s, slot) = (&init.sampling, init.slot);
-        let fail = |what: String| Err(Error::Step(format!("slot {slot}: {what}")));
-        if slot >= self.count {
-            return fail(format!("there are {} slots", self.count));
-        }
-        if s.logit_bias.len() > MAX_BIASES {
-            return fail(format!("{} entries of logit_bias, at most {MAX_BIASES}", s.logit_bias.len()));
-        }
-        if s.suppress.len() > MAX_SUPPRESSED {
-            return fail(format!("{} stop ids with min_tokens, at most {MAX_SUPPRESSED}", s.suppress.len()));
-        }
-        match s.logprobs.max(s.prompt_logprobs) {
-            Some(top) if top > MAX_TOP => fail(format!("{top} logprobs, at most {MAX_TOP}")),
-            _ => Ok(()),
-        }
-    }
-
-    /// Enqueues the copies that give a slot its state.
+    /// Enqueues the copies that give a slot its state. `init` is within the limits of [`Sampling::check`].
     pub fn init_slot(&mut self, device: &Device, init: &SlotInit) -> Result<(), Error> {
-        self.check(init)?;
         let penalized = init.sampling.has_penalties();
         let bytes = HEAD_BYTES + if penalized { 2 * self.vocab as usize } else { 0 };
         let to = self.slots.address() + (init.slot as usize * stride(self.vocab)) as u64;
@@ -264,7 +239,7 @@ impl SampleResult {
             logprob: f32::from_bits(words[5 + 3 * index]),
             rank: words[6 + 3 * index],
         };
-        let listed = words[3].min(MAX_TOP) as usize;
+        let listed = words[3].min(MAX_LOGPROBS) as usize;
         let logprobs =
             (words[2] != 0).then(|| Logprobs { token: entry(0), top: (1..=listed).map(entry).collect() });
         SampleResult { id: words[0], finite: words[1] != 0, logprobs }

@@ -7,7 +7,7 @@ use super::{
     direct::Span,
     host::Staging,
 };
-use crate::{Entry, EntryOutput, Error, Input, Shape, StepInput};
+use crate::{Entry, EntryOutput, Error, Input, Shape, StepInput, WantedLogprob};
 
 /// Where kernels find a step. Counts are read on the device: a launch may be larger than the step, and what is beyond its
 /// rows, entries or samples does nothing.
@@ -228,7 +228,7 @@ pub struct Step {
     /// Its place in the ring.
     pub(super) ring: usize,
     pub(super) entries: Vec<Placed>,
-    pub(super) wanted: Vec<Wanted>,
+    pub(super) wanted: Vec<WantedLogprob>,
     /// u32 on the device: rows, targets and counts of `wanted`, then rows of each chunk of them.
     pub(super) wanted_at: Address,
 }
@@ -246,15 +246,6 @@ impl Placed {
     }
 }
 
-/// A prompt logprob to take.
-pub(super) struct Wanted {
-    entry: usize,
-    row: u32,
-    position: u32,
-    target: u32,
-    top: u32,
-}
-
 impl Step {
     pub(super) fn new(step: &StepInput, extent: Extent, ring: usize, wanted_at: Address) -> Step {
         let mut first_row = 0;
@@ -267,7 +258,7 @@ impl Step {
             extent,
             ring,
             entries: step.entries.iter().map(placed).collect(),
-            wanted: wanted(step),
+            wanted: step.wanted_logprobs(),
             wanted_at,
         }
     }
@@ -280,7 +271,7 @@ impl Step {
 
     /// What [`Step::wanted_at`] holds, in chunks of `rows`.
     pub(super) fn wanted_words(&self, rows: usize) -> Vec<u32> {
-        let column = |of: fn(&Wanted) -> u32| self.wanted.iter().map(of);
+        let column = |of: fn(&WantedLogprob) -> u32| self.wanted.iter().map(of);
         let mut words: Vec<u32> =
             column(|w| w.row).chain(column(|w| w.target)).chain(column(|w| w.top)).collect();
         words.extend(self.wanted.chunks(rows).map(|chunk| chunk.len() as u32));
@@ -308,26 +299,6 @@ impl Step {
         }
         Ok(outputs)
     }
-}
-
-fn wanted(step: &StepInput) -> Vec<Wanted> {
-    let (mut wanted, mut first_row) = (Vec::new(), 0);
-    for (index, entry) in step.entries.iter().enumerate() {
-        if let Some(asked) = &entry.prompt_logprobs {
-            for (offset, target) in asked.targets.iter().enumerate() {
-                let (offset, top) = (offset as u32, asked.top);
-                wanted.extend(target.map(|target| Wanted {
-                    entry: index,
-                    row: first_row + offset,
-                    position: entry.start + offset,
-                    target,
-                    top,
-                }));
-            }
-        }
-        first_row += entry.len() as u32;
-    }
-    wanted
 }
 
 /// What the host knows of slots without asking the device.

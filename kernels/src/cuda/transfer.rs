@@ -1,15 +1,17 @@
 //! KV blocks out of device memory and into it, through pinned buffers, on a copy stream of their own. A read waits for the
-//! steps enqueued before it, a write holds back those enqueued after it; neither waits on the host. A thread answers
-//! each as its copy has passed.
+//! steps enqueued before it, a write holds back those enqueued after it; neither waits on the host. Where a block leaves and
+//! where it has landed the device hashes its leaves on the same stream. A thread answers each as its copy has passed.
 
 use super::{
     device::{Address, Device, Memory, device},
-    host::{Pinned, event},
+    digest::{self, Rows},
+    fault::text,
+    host::{Pinned, copy_down, event},
 };
 use crate::Error;
 use bytes::Bytes;
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, sys};
-use kv::{BlockId, KvError, KvLayout, Reply};
+use kv::{BlockId, Digest, KvError, KvLayout, Payload, Reply};
 use std::{
     sync::{Arc, mpsc},
     thread,
@@ -23,31 +25,45 @@ pub struct KvPool {
     memory: Memory,
     layout: KvLayout,
     stream: Arc<CudaStream>,
-    free: mpsc::Receiver<Pinned>,
+    /// Of the block that the copy stream is at, u64 each.
+    leaves: Memory,
+    free: mpsc::Receiver<Buffer>,
     passing: mpsc::Sender<Passing>,
+}
+
+/// Where a block passes through the host: its bytes, and the leaves that the device has hashed.
+struct Buffer {
+    bytes: Pinned,
+    leaves: Pinned,
 }
 
 /// A copy that has been enqueued.
 struct Passing {
     done: CudaEvent,
-    buffer: Pinned,
+    buffer: Buffer,
+    rows: Rows,
     reply: Answer,
 }
 
 enum Answer {
-    Read(usize, Reply<Bytes>),
-    Written(Reply<()>),
+    Read(Reply<Payload>),
+    /// What the device must find where it landed.
+    Written(Digest, Reply<()>),
 }
 
 impl KvPool {
     pub fn new(device: &Device, layout: KvLayout, blocks: u32) -> Result<KvPool, Error> {
+        digest::check(token_bytes(&layout), layout.block_bytes())?;
         let memory = device.alloc(layout.block_bytes() * blocks as usize)?;
         device.fill(&memory, 0)?;
         device.synchronize()?;
         let stream = device.context.new_stream().map_err(super::device::device)?;
+        let leaf_bytes = 8 * layout.block_bytes().div_ceil(Digest::LEAF);
+        let leaves = device.alloc(leaf_bytes)?;
         let (returned, free) = mpsc::channel();
         for _ in 0..BUFFERS {
-            let _ = returned.send(Pinned::new(&device.context, layout.block_bytes())?);
+            let bytes = Pinned::new(&device.context, layout.block_bytes())?;
+            let _ = returned.send(Buffer { bytes, leaves: Pinned::new(&device.context, leaf_bytes)? });
         }
         let (passing, enqueued) = mpsc::channel();
         let context = device.context.clone();
@@ -55,7 +71,7 @@ impl KvPool {
             .name("kv-copy".to_owned())
             .spawn(move || answer(&context, &enqueued, &returned))
             .map_err(|error| Error::Device(error.to_string()))?;
-        Ok(KvPool { memory, layout, stream, free, passing })
+        Ok(KvPool { memory, layout, stream, leaves, free, passing })
     }
 
     pub fn address(&self) -> Address {
@@ -68,25 +84,37 @@ impl KvPool {
 
     /// Copies out the first `rows` tokens of every layer, as they are after everything enqueued so far. Whoever asks
     /// holds the block until it has the copy, so that later steps need not wait.
-    pub fn read(&self, of: &Device, block: BlockId, rows: u32, reply: Reply<Bytes>) {
-        let enqueue = |buffer: &mut Pinned| {
+    pub fn read(&self, of: &Device, block: BlockId, rows: u32, reply: Reply<Payload>) {
+        let rows = self.rows(block, rows);
+        let enqueue = |buffer: &mut Buffer| {
             self.follow(of)?;
-            self.copy(self.plan(block, rows, buffer.bytes_mut().as_mut_ptr()).down())?;
+            self.hash(of, rows, buffer)?;
+            self.copy(down(rows, buffer.bytes.bytes_mut()))?;
             self.passed(of)
         };
-        self.run(enqueue, None, Answer::Read(self.layout.payload_bytes(rows), reply));
+        self.run(rows, enqueue, Answer::Read(reply));
     }
 
     /// Copies `payload` in, before everything enqueued later.
-    pub fn write(&self, of: &Device, block: BlockId, rows: u32, payload: &Bytes, reply: Reply<()>) {
-        let enqueue = |buffer: &mut Pinned| {
+    pub fn write(&self, of: &Device, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
+        let rows = self.rows(block, rows);
+        let enqueue = |buffer: &mut Buffer| {
+            buffer.bytes.bytes_mut()[..payload.bytes.len()].copy_from_slice(&payload.bytes);
             self.follow(of)?;
-            self.copy(self.plan(block, rows, buffer.bytes_mut().as_mut_ptr()).up())?;
+            self.copy(up(rows, buffer.bytes.bytes()))?;
+            self.hash(of, rows, buffer)?;
             let done = self.passed(of)?;
             of.stream.wait(&done).map_err(device)?;
             Ok(done)
         };
-        self.run(enqueue, Some(payload), Answer::Written(reply));
+        self.run(rows, enqueue, Answer::Written(payload.digest, reply));
+    }
+
+    /// Hashes what lies in the block when the copy stream comes to it.
+    fn hash(&self, of: &Device, rows: Rows, buffer: &mut Buffer) -> Result<(), Error> {
+        digest::leaves(of, &self.stream, rows, self.leaves.address())?;
+        let to = &mut buffer.leaves.bytes_mut()[..8 * rows.leaves()];
+        copy_down(&self.stream, self.leaves.address(), to)
     }
 
     /// The copy stream goes on when the steps enqueued so far have run.
@@ -104,31 +132,22 @@ impl KvPool {
         Ok(done)
     }
 
-    fn run(
-        &self,
-        enqueue: impl FnOnce(&mut Pinned) -> Result<CudaEvent, Error>,
-        payload: Option<&Bytes>,
-        reply: Answer,
-    ) {
+    fn run(&self, rows: Rows, enqueue: impl FnOnce(&mut Buffer) -> Result<CudaEvent, Error>, reply: Answer) {
         let Ok(mut buffer) = self.free.recv() else {
             return reply.fail("the copying thread has ended");
         };
-        if let Some(payload) = payload {
-            buffer.bytes_mut()[..payload.len()].copy_from_slice(payload);
-        }
         match enqueue(&mut buffer) {
             // A thread that has ended drops the reply, which says that the device has stopped.
-            Ok(done) => drop(self.passing.send(Passing { done, buffer, reply })),
+            Ok(done) => drop(self.passing.send(Passing { done, buffer, rows, reply })),
             Err(error) => reply.fail(&error.to_string()),
         }
     }
 
     /// `rows` tokens of each layer: as many runs, a block's stride apart here and dense on the host.
-    fn plan(&self, block: BlockId, rows: u32, host: *mut u8) -> Plan {
-        let token = self.layout.row as usize * self.layout.dtype.bytes();
-        Plan {
-            device: self.memory.address() + block as u64 * self.layout.block_bytes() as u64,
-            host,
+    fn rows(&self, block: BlockId, rows: u32) -> Rows {
+        let token = token_bytes(&self.layout);
+        Rows {
+            block: self.memory.address() + block as u64 * self.layout.block_bytes() as u64,
             width: rows as usize * token,
             stride: self.layout.block_tokens as usize * token,
             layers: self.layout.layers as usize,
@@ -136,86 +155,95 @@ impl KvPool {
     }
 
     fn copy(&self, copy: sys::CUDA_MEMCPY2D) -> Result<(), Error> {
-        // SAFETY: both sides have the extent of the plan; the buffer lives until the event behind the copy has passed.
+        // SAFETY: both sides have the extent of the rows; the buffer lives until the event behind the copy has passed.
         unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.stream.cu_stream()) }.result().map_err(device)
     }
 }
 
-struct Plan {
-    device: Address,
-    host: *mut u8,
-    width: usize,
-    stride: usize,
-    layers: usize,
+fn token_bytes(layout: &KvLayout) -> usize {
+    layout.row as usize * layout.dtype.bytes()
 }
 
-impl Plan {
-    fn down(&self) -> sys::CUDA_MEMCPY2D {
-        sys::CUDA_MEMCPY2D {
-            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
-            srcDevice: self.device,
-            srcPitch: self.stride,
-            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
-            dstHost: self.host.cast(),
-            dstPitch: self.width,
-            ..self.extent()
-        }
+fn down(rows: Rows, to: &mut [u8]) -> sys::CUDA_MEMCPY2D {
+    sys::CUDA_MEMCPY2D {
+        srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+        srcDevice: rows.block,
+        srcPitch: rows.stride,
+        dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+        dstHost: to[..rows.bytes()].as_mut_ptr().cast(),
+        dstPitch: rows.width,
+        ..extent(rows)
     }
+}
 
-    fn up(&self) -> sys::CUDA_MEMCPY2D {
-        sys::CUDA_MEMCPY2D {
-            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
-            srcHost: self.host.cast_const().cast(),
-            srcPitch: self.width,
-            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
-            dstDevice: self.device,
-            dstPitch: self.stride,
-            ..self.extent()
-        }
+fn up(rows: Rows, from: &[u8]) -> sys::CUDA_MEMCPY2D {
+    sys::CUDA_MEMCPY2D {
+        srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+        srcHost: from[..rows.bytes()].as_ptr().cast(),
+        srcPitch: rows.width,
+        dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+        dstDevice: rows.block,
+        dstPitch: rows.stride,
+        ..extent(rows)
     }
+}
 
-    fn extent(&self) -> sys::CUDA_MEMCPY2D {
-        sys::CUDA_MEMCPY2D {
-            srcXInBytes: 0,
-            srcY: 0,
-            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
-            srcHost: std::ptr::null(),
-            srcDevice: 0,
-            srcArray: std::ptr::null_mut(),
-            srcPitch: 0,
-            dstXInBytes: 0,
-            dstY: 0,
-            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
-            dstHost: std::ptr::null_mut(),
-            dstDevice: 0,
-            dstArray: std::ptr::null_mut(),
-            dstPitch: 0,
-            WidthInBytes: self.width,
-            Height: self.layers,
-        }
+fn extent(rows: Rows) -> sys::CUDA_MEMCPY2D {
+    sys::CUDA_MEMCPY2D {
+        srcXInBytes: 0,
+        srcY: 0,
+        srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+        srcHost: std::ptr::null(),
+        srcDevice: 0,
+        srcArray: std::ptr::null_mut(),
+        srcPitch: 0,
+        dstXInBytes: 0,
+        dstY: 0,
+        dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+        dstHost: std::ptr::null_mut(),
+        dstDevice: 0,
+        dstArray: std::ptr::null_mut(),
+        dstPitch: 0,
+        WidthInBytes: rows.width,
+        Height: rows.layers,
+    }
+}
+
+impl Buffer {
+    fn digest(&self, rows: Rows) -> Digest {
+        let leaves = self.leaves.bytes()[..8 * rows.leaves()].as_chunks::<8>().0;
+        Digest::of_leaves(leaves.iter().map(|leaf| u64::from_le_bytes(*leaf)))
     }
 }
 
 impl Answer {
+    fn give(self, buffer: &Buffer, rows: Rows) {
+        let digest = buffer.digest(rows);
+        match self {
+            Answer::Read(reply) => {
+                let bytes = Bytes::copy_from_slice(&buffer.bytes.bytes()[..rows.bytes()]);
+                drop(reply.send(Ok(Payload { bytes, digest })));
+            }
+            Answer::Written(sent, reply) => drop(reply.send(digest.expect(sent))),
+        }
+    }
+
     fn fail(self, why: &str) {
         let error = KvError::Stopped(why.to_string());
         match self {
-            Answer::Read(_, reply) => drop(reply.send(Err(error))),
-            Answer::Written(reply) => drop(reply.send(Err(error))),
+            Answer::Read(reply) => drop(reply.send(Err(error))),
+            Answer::Written(_, reply) => drop(reply.send(Err(error))),
         }
     }
 }
 
 /// Until the pool is gone. Whoever asked may have stopped waiting.
-fn answer(context: &Arc<CudaContext>, enqueued: &mpsc::Receiver<Passing>, free: &mpsc::Sender<Pinned>) {
+fn answer(context: &Arc<CudaContext>, enqueued: &mpsc::Receiver<Passing>, free: &mpsc::Sender<Buffer>) {
     let _ = context.bind_to_thread();
-    for Passing { done, buffer, reply } in enqueued {
-        match (done.synchronize(), reply) {
-            (Ok(()), Answer::Read(bytes, reply)) => {
-                drop(reply.send(Ok(Bytes::copy_from_slice(&buffer.bytes()[..bytes]))));
-            }
-            (Ok(()), Answer::Written(reply)) => drop(reply.send(Ok(()))),
-            (Err(error), reply) => reply.fail(&error.to_string()),
+    for Passing { done, buffer, rows, reply } in enqueued {
+        match done.synchronize() {
+            Ok(()) => reply.give(&buffer, rows),
+            Err(error) => reply.fail(&text(error)),
         }
         let _ = free.send(buffer);
     }

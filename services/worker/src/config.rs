@@ -63,6 +63,16 @@ pub struct Config {
     pub handoff: Handoff,
     /// Longest wait for running sequences when the worker is told to stop.
     pub drain_ms: u64,
+    pub debug: Debug,
+}
+
+/// For tests only.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Debug {
+    /// The step that breaks the device: on a GPU a kernel then reads where no memory is. The worker ends, as it must.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fail_step: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -115,6 +125,7 @@ impl Default for Config {
             liveness: Liveness::default(),
             handoff: Handoff::default(),
             drain_ms: 5_000,
+            debug: Debug::default(),
         }
     }
 }

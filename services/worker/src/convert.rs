@@ -16,9 +16,6 @@ pub struct Bounds {
 /// can be chosen, and a device that cannot choose stops.
 const LARGEST: f32 = 1e9;
 
-/// Most logprobs beside each token.
-const MOST_LOGPROBS: u32 = 1024;
-
 fn invalid(field: &str, what: impl std::fmt::Display) -> Error {
     Error::new(ErrorCode::InvalidRequest, format!("`{field}` {what}"))
 }
@@ -104,9 +101,7 @@ impl Bounds {
         check_range("presence_penalty", sampling.presence_penalty, -LARGEST, LARGEST)?;
         check_range("frequency_penalty", sampling.frequency_penalty, -LARGEST, LARGEST)?;
         check_range("repetition_penalty", sampling.repetition_penalty, LARGEST.recip(), LARGEST)?;
-        check_logprobs("logprobs", sampling.logprobs)?;
-        check_logprobs("prompt_logprobs", sampling.prompt_logprobs)?;
-        Ok(Sampling {
+        let sampling = Sampling {
             temperature: sampling.temperature,
             top_k: sampling.top_k.max(0) as u32,
             top_p: sampling.top_p,
@@ -120,8 +115,15 @@ impl Bounds {
             logprobs: sampling.logprobs,
             prompt_logprobs: sampling.prompt_logprobs,
             min_tokens: stop.min_tokens,
-            suppress: stop.eos_ids.iter().chain(&stop.token_ids).copied().collect(),
-        })
+            suppress: suppressed(stop),
+        };
+        // What a backend refuses inside a step ends the worker.
+        match sampling.check(self.vocab_size) {
+            Ok(()) => Ok(sampling),
+            Err(what) => {
+                Err(invalid("sequence.sampling", format_args!("asks for what cannot be had: {what}")))
+            }
+        }
     }
 
     fn logit_bias(self, bias: impl IntoIterator<Item = (u32, f32)>) -> Result<Vec<(u32, f32)>, Error> {
@@ -145,11 +147,15 @@ fn check_range(field: &str, value: f32, low: f32, high: f32) -> Result<(), Error
     ))
 }
 
-fn check_logprobs(field: &str, count: Option<u32>) -> Result<(), Error> {
-    if count.is_none_or(|count| count <= MOST_LOGPROBS) {
-        return Ok(());
+/// Ids that would end the sequence before `min_tokens`.
+fn suppressed(stop: &proto::Stop) -> Vec<u32> {
+    if stop.min_tokens == 0 {
+        return Vec::new();
     }
-    Err(invalid(&format!("sequence.sampling.{field}"), format_args!("is above {MOST_LOGPROBS}")))
+    let mut ids: Vec<u32> = stop.eos_ids.iter().chain(&stop.token_ids).copied().collect();
+    ids.sort_unstable();
+    ids.dedup();
+    ids
 }
 
 fn stop_ids(stop: &proto::Stop) -> Vec<u32> {
@@ -246,7 +252,11 @@ mod tests {
         let mut message = sequence();
         message.stop.as_mut().unwrap().ignore_eos = true;
         let spec = BOUNDS.spec(Some(message), None).unwrap();
-        assert_eq!((spec.stop_ids, spec.sampling.suppress), (vec![7], vec![9, 7]));
+        assert_eq!((spec.stop_ids, spec.sampling.suppress), (vec![7], vec![]));
+        let mut message = sequence();
+        let stop = message.stop.as_mut().unwrap();
+        (stop.min_tokens, stop.token_ids) = (2, vec![9, 7, 7]);
+        assert_eq!(BOUNDS.spec(Some(message), None).unwrap().sampling.suppress, [7, 9]);
     }
 
     #[test]
@@ -277,6 +287,12 @@ mod tests {
             (sampling(|s| s.repetition_penalty = 1e-38), InvalidRequest, "repetition_penalty"),
             (sampling(|s| s.frequency_penalty = f32::MAX), InvalidRequest, "frequency_penalty"),
             (sampling(|s| s.logit_bias = [(100, 1.0)].into()), InvalidRequest, "logit_bias"),
+            (
+                sampling(|s| s.logprobs = Some(21)),
+                InvalidRequest,
+                "21 logprobs beside each token, at most 20",
+            ),
+            (sampling(|s| s.prompt_logprobs = Some(21)), InvalidRequest, "21 logprobs"),
         ] {
             assert_eq!(code, expected, "{message}");
             assert!(message.contains(part), "{message}");

@@ -54,7 +54,7 @@ fn launch<B: Backend>(
     let options = options(config, dtype)?;
     let runner = ModelRunner::load(&config.model, backend, options)?;
     let model = runner.model().clone();
-    let executor = ModelExecutor::new(runner).map_err(Error::Thread)?;
+    let executor = ModelExecutor::new(runner, config.debug.fail_step).map_err(Error::Thread)?;
     let engine = engine::spawn(executor, engine_config(config, on_step));
     let limits = engine.limits();
     Ok(Loaded {
