@@ -8,6 +8,7 @@ pub mod cpu;
 pub mod cuda;
 mod error;
 mod math;
+mod random;
 mod shape;
 mod tensor;
 
@@ -17,5 +18,6 @@ pub use cpu::CpuBackend;
 pub use cuda::CudaBackend;
 pub use error::Error;
 pub use math::{exp, ln};
-pub use shape::{GateRule, GraphKey, GroupScore, Scoring, Shape};
-pub use tensor::{Dtype, MlaTensors, MlpTensors, QueryTensors, Scales, Tensor};
+pub use random::Random;
+pub use shape::{DeviceMemory, GateRule, GraphKey, GroupScore, Scoring, Shape};
+pub use tensor::{Data, Dtype, MlaTensors, MlpTensors, QueryTensors, Scales, Tensor};

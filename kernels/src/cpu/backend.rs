@@ -15,8 +15,8 @@ use super::{
     step::Slots,
 };
 use crate::{
-    Backend, Dtype, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, QueryTensors, Shape,
-    StepInput, Tensor, Weights,
+    Backend, DeviceMemory, Dtype, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors,
+    QueryTensors, Random, Shape, StepInput, Tensor, Weights,
 };
 use bytes::Bytes;
 use kv::{BlockId, KvDtype, KvError, KvLayout, Reply};
@@ -38,6 +38,25 @@ impl Weights for CpuBackend {
         let pool = KvPool::new(shape.layout(KvDtype::F32), shape.blocks)?;
         let slots = Slots::new(shape.max_sequences);
         self.prepared = Some(Prepared { shape, pool, slots, scratch: Default::default() });
+        Ok(())
+    }
+
+    fn memory(&self) -> Result<Option<DeviceMemory>, Error> {
+        Ok(None)
+    }
+
+    fn resize_pool(&mut self, blocks: u32) -> Result<(), Error> {
+        let Prepared { shape, pool, slots, .. } = self.prepared()?;
+        *pool = KvPool::new(shape.layout(KvDtype::F32), blocks)?;
+        *slots = Slots::new(shape.max_sequences);
+        shape.blocks = blocks;
+        Ok(())
+    }
+
+    fn randomize_pool(&mut self, random: Random) -> Result<(), Error> {
+        let threads = self.threads.clone();
+        let pool = &mut self.prepared()?.pool;
+        threads.install(|| pool.fill(|index| half::bf16::from_f32(random.uniform(index)).to_f32()));
         Ok(())
     }
 

@@ -10,14 +10,15 @@ use super::{
     linear::{self, Batch, Input, Output, Runs},
     memory::{Buffer, Prepared},
     mla::Attend,
+    random::{self, View},
     rows::{Launch, bf16},
     sample::{self, SampleResult},
     step::Step,
     weights::{Experts, Linear, Mla, Query, Table},
 };
 use crate::{
-    Backend, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, Shape, StepInput, Tensor,
-    Weights, check::check,
+    Backend, DeviceMemory, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, Random, Shape,
+    StepInput, Tensor, Weights, check::check,
 };
 use bytes::Bytes;
 use kv::{BlockId, KvDtype, KvError, KvLayout, Reply};
@@ -42,6 +43,22 @@ impl Weights for CudaBackend {
     fn prepare(&mut self, shape: Shape) -> Result<(), Error> {
         self.prepared = Some(Prepared::new(&self.device, shape)?);
         Ok(())
+    }
+
+    fn memory(&self) -> Result<Option<DeviceMemory>, Error> {
+        self.device.memory().map(Some)
+    }
+
+    fn resize_pool(&mut self, blocks: u32) -> Result<(), Error> {
+        let (device, prepared) = self.parts()?;
+        prepared.resize_pool(device, blocks)
+    }
+
+    fn randomize_pool(&mut self, random: Random) -> Result<(), Error> {
+        let (device, prepared) = self.parts()?;
+        let elements = prepared.pool.layout().block_bytes() / 2;
+        let view = View::whole(prepared.shape.blocks as usize, elements);
+        random::bf16(device, random, false, view, prepared.pool.address())
     }
 
     fn alloc(&mut self, rows: usize, width: usize) -> Result<Buffer, Error> {

@@ -1,9 +1,16 @@
 //! One GPU: context, stream, the embedded kernels, memory. Everything is enqueued on one stream; nothing here waits but
 //! [`Device::synchronize`] and the constructors.
 
-use crate::Error;
+use crate::{DeviceMemory, Error};
 use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, result, sys};
-use std::{collections::HashMap, ffi::c_void, sync::Arc};
+use std::{
+    collections::HashMap,
+    ffi::c_void,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
 
 /// (family, architecture, cubin), made by build.rs; empty without the feature `cuda`.
 static CUBINS: &[(&str, &str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/cubins.rs"));
@@ -16,6 +23,8 @@ pub struct Device {
     pub stream: Arc<CudaStream>,
     functions: HashMap<&'static str, CudaFunction>,
     pub multiprocessors: u32,
+    /// Bytes of every [`Memory`] there is.
+    held: Arc<AtomicUsize>,
 }
 
 /// Blocks and threads of a launch, and dynamic shared memory of a block in bytes.
@@ -83,7 +92,7 @@ impl Device {
             .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(device)? as u32;
         let functions = load(&context, arch)?;
-        Ok(Device { context, stream, functions, multiprocessors })
+        Ok(Device { context, stream, functions, multiprocessors, held: Arc::default() })
     }
 
     /// Makes this thread one that may talk to the device.
@@ -123,7 +132,13 @@ impl Device {
                  kv_blocks or max_step_tokens, or choose a larger GPU"
             ))
         })?;
-        Ok(Memory { address, bytes, context: self.context.clone() })
+        self.held.fetch_add(bytes, Relaxed);
+        Ok(Memory { address, bytes, context: self.context.clone(), held: self.held.clone() })
+    }
+
+    pub fn memory(&self) -> Result<DeviceMemory, Error> {
+        let (free, total) = self.context.mem_get_info().map_err(device)?;
+        Ok(DeviceMemory { total, free, held: self.held.load(Relaxed) })
     }
 
     /// Copies host bytes to `to`. The bytes may be reused when the call returns.
@@ -155,6 +170,7 @@ pub struct Memory {
     address: Address,
     bytes: usize,
     context: Arc<CudaContext>,
+    held: Arc<AtomicUsize>,
 }
 
 impl Memory {
@@ -169,6 +185,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        self.held.fetch_sub(self.bytes, Relaxed);
         let _ = self.context.bind_to_thread();
         // SAFETY: cuMemFree waits for whatever uses the memory. An error here means that the context is lost.
         let _ = unsafe { result::free_sync(self.address) };
