@@ -18,6 +18,6 @@ mod reservations;
 mod serve;
 mod shared;
 
-pub use config::{BACKENDS, Config, Handoff, Liveness, Role};
+pub use config::{BACKENDS, Config, GPU_SHARE, Handoff, Liveness, LoadFormat, Role};
 pub use error::Error;
 pub use serve::run;
