@@ -67,6 +67,8 @@ pub trait Backend: Weights {
     type Step: Send + Sync;
     /// Chosen experts and their weights, `[T][top_k]`.
     type Routing: Send + Sync;
+    /// A point in the order of what is enqueued.
+    type Mark: Send;
 
     /// The bytes of a KV block on this backend.
     fn layout(&self) -> KvLayout;
@@ -187,6 +189,12 @@ pub trait Backend: Weights {
     fn graphed<F>(&mut self, key: GraphKey, run: F) -> Result<(), Error>
     where
         F: FnOnce(&mut Self) -> Result<(), Error> + Send;
+
+    /// Marks where enqueueing stands, for measuring.
+    fn mark(&mut self) -> Result<Self::Mark, Error>;
+
+    /// Milliseconds from one mark to a later one, waiting for both.
+    fn between(&mut self, from: &Self::Mark, to: &Self::Mark) -> Result<f32, Error>;
 
     /// Copies out the first `rows` tokens of every layer of a block, after everything enqueued so far.
     fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Bytes>);

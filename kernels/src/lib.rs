@@ -11,6 +11,7 @@ mod math;
 mod random;
 mod shape;
 mod tensor;
+mod timed;
 
 pub use backend::{Backend, Weights};
 pub use batch::*;
@@ -21,3 +22,4 @@ pub use math::{exp, ln};
 pub use random::Random;
 pub use shape::{DeviceMemory, GateRule, GraphKey, GroupScore, Scoring, Shape};
 pub use tensor::{Data, Dtype, MlaTensors, MlpTensors, QueryTensors, Scales, Tensor};
+pub use timed::{OperationTime, Timed};

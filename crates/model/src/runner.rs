@@ -125,6 +125,10 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.kv_write(block, rows, payload, reply);
     }
 
+    pub fn backend(&mut self) -> &mut B {
+        &mut self.backend
+    }
+
     pub fn layout(&self) -> KvLayout {
         self.backend.layout()
     }

@@ -21,6 +21,7 @@ use crate::{
 use bytes::Bytes;
 use kv::{BlockId, KvDtype, KvError, KvLayout, Reply};
 use rayon::prelude::*;
+use std::time::Instant;
 
 /// Rows of prompt logprobs whose logits are held at once.
 const LOGPROB_ROWS: usize = 32;
@@ -115,6 +116,7 @@ impl Weights for CpuBackend {
 impl Backend for CpuBackend {
     type Step = Step;
     type Routing = Routing;
+    type Mark = Instant;
 
     fn layout(&self) -> KvLayout {
         self.prepared.as_ref().map_or(EMPTY, |prepared| prepared.pool.layout())
@@ -344,6 +346,14 @@ impl Backend for CpuBackend {
         F: FnOnce(&mut Self) -> Result<(), Error> + Send,
     {
         self.threads.clone().install(|| run(self))
+    }
+
+    fn mark(&mut self) -> Result<Instant, Error> {
+        Ok(Instant::now())
+    }
+
+    fn between(&mut self, from: &Instant, to: &Instant) -> Result<f32, Error> {
+        Ok(to.duration_since(*from).as_secs_f32() * 1e3)
     }
 
     fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Bytes>) {

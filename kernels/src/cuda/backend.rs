@@ -21,6 +21,7 @@ use crate::{
     StepInput, Tensor, Weights, check::check,
 };
 use bytes::Bytes;
+use cudarc::driver::CudaEvent;
 use kv::{BlockId, KvDtype, KvError, KvLayout, Reply};
 
 /// Rows of prompt logprobs whose logits are held at once.
@@ -94,6 +95,7 @@ impl Weights for CudaBackend {
 impl Backend for CudaBackend {
     type Step = Step;
     type Routing = Routing;
+    type Mark = CudaEvent;
 
     fn layout(&self) -> KvLayout {
         self.prepared.as_ref().map_or(EMPTY, |prepared| prepared.pool.layout())
@@ -323,6 +325,14 @@ impl Backend for CudaBackend {
             Next::Record => self.record(bucket, run)?,
         }
         self.collect()
+    }
+
+    fn mark(&mut self) -> Result<CudaEvent, Error> {
+        self.device.mark()
+    }
+
+    fn between(&mut self, from: &CudaEvent, to: &CudaEvent) -> Result<f32, Error> {
+        from.elapsed_ms(to).map_err(super::device::device)
     }
 
     fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Bytes>) {

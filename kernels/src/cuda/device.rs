@@ -2,7 +2,7 @@
 //! [`Device::synchronize`] and the constructors.
 
 use crate::{DeviceMemory, Error};
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 use std::{
     collections::HashMap,
     ffi::c_void,
@@ -158,6 +158,14 @@ impl Device {
         // SAFETY: within the allocation.
         unsafe { result::memset_d8_async(memory.address, byte, memory.bytes, self.stream.cu_stream()) }
             .map_err(device)
+    }
+
+    /// An event with a time, behind everything enqueued.
+    pub fn mark(&self) -> Result<CudaEvent, Error> {
+        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        let event = self.context.new_event(Some(flags)).map_err(device)?;
+        event.record(&self.stream).map_err(device)?;
+        Ok(event)
     }
 
     pub fn synchronize(&self) -> Result<(), Error> {

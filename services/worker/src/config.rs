@@ -184,7 +184,11 @@ impl Config {
             return Err(wrong("max_reserved_share", "is not a share", "give a number above 0 and up to 1"));
         }
         if !(self.gpu_memory_utilization > 0.0 && self.gpu_memory_utilization <= 1.0) {
-            return Err(wrong("gpu_memory_utilization", "is not a share", "give a number above 0 and up to 1"));
+            return Err(wrong(
+                "gpu_memory_utilization",
+                "is not a share",
+                "give a number above 0 and up to 1",
+            ));
         }
         if self.liveness.silence_ms <= 2 * self.liveness.heartbeat_ms {
             return Err(wrong("liveness.silence_ms", "is too short", "give more than twice heartbeat_ms"));

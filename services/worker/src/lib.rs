@@ -10,6 +10,7 @@ mod decode;
 mod deliveries;
 mod error;
 mod load;
+pub mod measure;
 mod member;
 mod metrics;
 mod pool;

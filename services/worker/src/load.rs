@@ -1,13 +1,19 @@
 //! From a model's directory to a running engine. The only place that names a backend.
 
-use crate::{Config, Error, LoadFormat, Role, config::CPU_CACHE_MB, convert::Bounds, shared::Identity};
+use crate::{
+    Config, Error, LoadFormat, Role,
+    config::CPU_CACHE_MB,
+    convert::Bounds,
+    measure::{self, Measured},
+    shared::Identity,
+};
 use engine::{EngineConfig, EngineHandle, ModelExecutor, StepRecord};
 use kernels::{
     Backend, CudaBackend,
     cpu::{CpuBackend, CpuOptions},
 };
 use model::{KvSize, ModelRunner, RunnerOptions};
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 use tokio::sync::oneshot;
 
 pub struct Loaded {
@@ -41,6 +47,23 @@ fn start(config: &Config, on_step: impl Fn(StepRecord) + Send + Sync + 'static) 
             let backend = CpuBackend::new(options).map_err(model::Error::from)?;
             launch(config, backend, KvSize::Bytes(CPU_CACHE_MB << 20), on_step)
         }
+    }
+}
+
+/// Measures the model on the backend that the options name.
+pub(crate) fn measure(options: &measure::Options) -> Result<Measured, Error> {
+    let began = Instant::now();
+    match options.backend.as_str() {
+        "cuda" => {
+            let backend = CudaBackend::new(0).map_err(model::Error::from)?;
+            measure::measure(options, backend, began)
+        }
+        "cpu" => {
+            let cpu = CpuOptions { threads: options.threads, ..CpuOptions::default() };
+            let backend = CpuBackend::new(cpu).map_err(model::Error::from)?;
+            measure::measure(options, backend, began)
+        }
+        other => Err(Error::Backend(other.to_owned())),
     }
 }
 
