@@ -7,10 +7,11 @@ mod floor;
 
 pub use case::{Case, Phase};
 pub use floor::Rates;
+pub use kernels::OperationTime;
 
 use crate::Error;
 use feed::Feed;
-use kernels::{Backend, OperationTime, Random, Timed};
+use kernels::{Backend, Random, Timed};
 use kv::{KvDtype, KvLayout};
 use model::{Config, Directory, KvSize, Launched, ModelRunner, RunnerOptions};
 use std::{
