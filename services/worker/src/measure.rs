@@ -101,6 +101,7 @@ fn run_on<B: Backend>(
     let key = options.seed ^ u64::MAX;
     runner.randomize_pool(Random { key, std: 1.0 }).map_err(model::Error::from)?;
     let seconds_to_ready = began.elapsed().as_secs_f64();
+    tracing::info!(seconds_to_ready, "loaded");
     let case = |case: &Case| measure_case(&mut runner, case, options.seed, &take).map_err(model::Error::from);
     let cases = options.cases.iter().map(case).collect::<Result<_, _>>()?;
     let kv_blocks = runner.shape().blocks;
@@ -145,7 +146,9 @@ fn measure_case<B: Backend>(
     }
     let millisecond = |pair: &[Instant]| (pair[1] - pair[0]).as_secs_f64() * 1e3;
     let milliseconds = ended.windows(2).skip(case.warmup() as usize - 1).map(millisecond).collect();
-    Ok(Outcome { case: *case, milliseconds, distinct_tokens: distinct, operations })
+    let outcome = Outcome { case: *case, milliseconds, distinct_tokens: distinct, operations };
+    tracing::info!(%case, milliseconds = outcome.median(), "measured");
+    Ok(outcome)
 }
 
 /// Ends the oldest step; the number of different tokens that it sampled.

@@ -218,7 +218,9 @@ mod tests {
 
     #[test]
     fn days_have_their_dates() {
-        for (day, expected) in [(0, "1970-01-01"), (59, "1970-03-01"), (11_016, "2000-02-29"), (20_781, "2026-11-24")] {
+        for (day, expected) in
+            [(0, "1970-01-01"), (59, "1970-03-01"), (11_016, "2000-02-29"), (20_781, "2026-11-24")]
+        {
             assert_eq!(date(day), expected);
         }
     }
@@ -250,7 +252,10 @@ mod tests {
         assert_eq!(report.cases.iter().map(|row| row.steps).collect::<Vec<_>>(), [3, 3, 4]);
         assert!(report.cases[1].distinct_tokens > 1, "sequences go different ways: {table}");
         let json = serde_json::to_value(&report).unwrap();
-        assert_eq!((json["model"].as_str(), json["cases"].as_array().unwrap().len()), (Some("checkpoint"), 3));
+        assert_eq!(
+            (json["model"].as_str(), json["cases"].as_array().unwrap().len()),
+            (Some("checkpoint"), 3)
+        );
     }
 
     #[test]
