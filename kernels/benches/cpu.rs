@@ -29,7 +29,8 @@ fn report(threads: usize) {
 
 fn cell(level: Level, m: usize, n: usize, k: usize, peak: f64) -> String {
     let bytes: Vec<u8> = (0..n * k).flat_map(|i| ((i % 17) as f32 * 0.01).to_le_bytes()).collect();
-    let tensor = Tensor { name: "w", dtype: Dtype::F32, rows: n, cols: k, bytes: &bytes, scales: None };
+    let tensor =
+        Tensor { name: "w", dtype: Dtype::F32, rows: n, cols: k, data: (&bytes).into(), scales: None };
     let packed = Packed::from_parts(&[tensor]).expect("finite");
     let (x, mut y) = (vec![0.5f32; m * k], vec![0.0f32; m * n]);
     let product = Product { rows: m, x: Rows { values: &x, stride: k }, w: &packed, y: Out::new(&mut y, n) };

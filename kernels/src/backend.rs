@@ -8,7 +8,10 @@
 //! `T`: input tokens (rows) of the step, in the order of its entries. All matrices are row-major, a linear layer with
 //! stored weight `W[N][K]` maps `x[K]` to `y[n] = Σ_k x[k] · W[n][k]`; nothing in this family has a bias.
 
-use crate::{EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, Shape, StepInput, Tensor};
+use crate::{
+    DeviceMemory, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, Random, Shape, StepInput,
+    Tensor,
+};
 use kv::{BlockId, KvLayout, Payload, Reply};
 
 /// What is uploaded once. Tensors are borrowed from the checkpoint and converted one by one.
@@ -21,8 +24,19 @@ pub trait Weights: Send + Sized + 'static {
     /// Activations, `[rows][width]`.
     type Buffer: Send + Sync;
 
-    /// Reserves the KV pool, the slots and all scratch memory. Called once, before anything else.
+    /// Reserves the KV pool, the slots and the memory of a step's metadata. Called once, before anything else. Scratch
+    /// memory may be reserved by the first steps: its sizes depend on the shape alone, so that a step that attends to a
+    /// long prompt and one that decodes bring all of it.
     fn prepare(&mut self, shape: Shape) -> Result<(), Error>;
+
+    /// The memory of a device with its own; `None` where the pool lies in the host's.
+    fn memory(&self) -> Result<Option<DeviceMemory>, Error>;
+
+    /// Replaces the pool by one of `blocks` blocks and forgets every slot. No step may be on its way.
+    fn resize_pool(&mut self, blocks: u32) -> Result<(), Error>;
+
+    /// Fills the whole pool with random rows, as if contexts had been read: for measuring.
+    fn randomize_pool(&mut self, random: Random) -> Result<(), Error>;
 
     /// Activations, in the backend's own type.
     fn alloc(&mut self, rows: usize, width: usize) -> Result<Self::Buffer, Error>;
@@ -52,6 +66,8 @@ pub trait Backend: Weights {
     type Step: Send + Sync;
     /// Chosen experts and their weights, `[T][top_k]`.
     type Routing: Send + Sync;
+    /// A point in the order of what is enqueued.
+    type Mark: Send;
 
     /// The bytes of a KV block on this backend.
     fn layout(&self) -> KvLayout;
@@ -172,6 +188,12 @@ pub trait Backend: Weights {
     fn graphed<F>(&mut self, key: GraphKey, run: F) -> Result<(), Error>
     where
         F: FnOnce(&mut Self) -> Result<(), Error> + Send;
+
+    /// Marks where enqueueing stands, for measuring.
+    fn mark(&mut self) -> Result<Self::Mark, Error>;
+
+    /// Milliseconds from one mark to a later one, waiting for both.
+    fn between(&mut self, from: &Self::Mark, to: &Self::Mark) -> Result<f32, Error>;
 
     /// Copies out the first `rows` tokens of every layer of a block, after everything enqueued so far, with the digest that
     /// the device finds there.

@@ -51,6 +51,16 @@ impl Shape {
     }
 }
 
+/// Memory of a device, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemory {
+    pub total: usize,
+    /// Allocated by nobody.
+    pub free: usize,
+    /// Allocated by this backend.
+    pub held: usize,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scoring {
     Sigmoid,

@@ -1,6 +1,7 @@
-//! Weights as a checkpoint holds them: borrowed bytes with a type and a shape, and their conversion to f32.
+//! Weights as a checkpoint holds them: borrowed bytes with a type and a shape, and their conversion to f32. Of a model without
+//! files, the rule that its numbers come from.
 
-use crate::Error;
+use crate::{Error, Random};
 use std::sync::LazyLock;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,15 +31,32 @@ pub struct Scales<'a> {
     pub block: [usize; 2],
 }
 
-/// A matrix `[rows][cols]`, row-major, little-endian, not necessarily aligned; a vector is one row. `bytes` has
-/// exactly the length that shape and type give (the loader's duty).
+/// Where the numbers of a tensor come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Data<'a> {
+    /// Row-major, little-endian, not necessarily aligned, of exactly the length that shape and type give (the loader's duty).
+    Bytes(&'a [u8]),
+    /// Element `[row][col]` is number `row · cols + col`. FP8 has the scale [`Random::scale`] in every block.
+    Random(Random),
+    /// Every element the same.
+    Constant(f32),
+}
+
+impl<'a, T: AsRef<[u8]> + ?Sized> From<&'a T> for Data<'a> {
+    fn from(bytes: &'a T) -> Self {
+        Data::Bytes(bytes.as_ref())
+    }
+}
+
+/// A matrix `[rows][cols]`; a vector is one row.
 #[derive(Clone, Copy, Debug)]
 pub struct Tensor<'a> {
     pub name: &'a str,
     pub dtype: Dtype,
     pub rows: usize,
     pub cols: usize,
-    pub bytes: &'a [u8],
+    pub data: Data<'a>,
+    /// Of FP8 bytes.
     pub scales: Option<Scales<'a>>,
 }
 
@@ -85,13 +103,10 @@ fn e4m3(byte: u8) -> f32 {
 impl Tensor<'_> {
     /// Writes row `row` as f32, block scales applied. An FP8 value times its scale is rounded once, to f32.
     pub fn read_row(&self, row: usize, out: &mut [f32]) -> Result<(), Error> {
-        let width = self.cols * self.dtype.bytes();
-        let bytes = &self.bytes[row * width..][..width];
-        match self.dtype {
-            Dtype::F32 => widen::<4>(bytes, out, f32::from_le_bytes),
-            Dtype::F16 => widen::<2>(bytes, out, |b| half::f16::from_le_bytes(b).to_f32()),
-            Dtype::Bf16 => widen::<2>(bytes, out, |b| half::bf16::from_le_bytes(b).to_f32()),
-            Dtype::F8E4m3 => widen::<1>(bytes, out, |[b]| E4M3[usize::from(b)]),
+        match self.data {
+            Data::Bytes(bytes) => self.read_bytes(bytes, row, out),
+            Data::Random(random) => self.make_row(random, row, out),
+            Data::Constant(value) => out.fill(value),
         }
         if let Some(scales) = &self.scales {
             scales.apply(row, self.cols, out);
@@ -103,6 +118,27 @@ impl Tensor<'_> {
                 what: format!("value at [{row}, {col}] is {}; the file is corrupt", out[col]),
             }),
         }
+    }
+
+    fn read_bytes(&self, bytes: &[u8], row: usize, out: &mut [f32]) {
+        let width = self.cols * self.dtype.bytes();
+        let bytes = &bytes[row * width..][..width];
+        match self.dtype {
+            Dtype::F32 => widen::<4>(bytes, out, f32::from_le_bytes),
+            Dtype::F16 => widen::<2>(bytes, out, |b| half::f16::from_le_bytes(b).to_f32()),
+            Dtype::Bf16 => widen::<2>(bytes, out, |b| half::bf16::from_le_bytes(b).to_f32()),
+            Dtype::F8E4m3 => widen::<1>(bytes, out, |[b]| E4M3[usize::from(b)]),
+        }
+    }
+
+    fn make_row(&self, random: Random, row: usize, out: &mut [f32]) {
+        let value = |index: usize| match self.dtype {
+            Dtype::F32 => random.uniform(index),
+            Dtype::F16 => half::f16::from_f32(random.uniform(index)).to_f32(),
+            Dtype::Bf16 => half::bf16::from_f32(random.uniform(index)).to_f32(),
+            Dtype::F8E4m3 => E4M3[usize::from(random.e4m3(index))] * random.scale(),
+        };
+        out.iter_mut().zip(row * self.cols..).for_each(|(out, index)| *out = value(index));
     }
 
     pub fn to_f32(&self) -> Result<Vec<f32>, Error> {
@@ -155,7 +191,7 @@ mod tests {
             dtype: Dtype::F8E4m3,
             rows: 5,
             cols: 6,
-            bytes: &[0x38; 30],
+            data: (&[0x38; 30]).into(),
             scales: Some(Scales { bytes: &scales, block: [2, 4] }),
         };
         let values = tensor.to_f32().unwrap();
@@ -165,8 +201,14 @@ mod tests {
 
     #[test]
     fn a_nan_byte_names_its_tensor_and_place() {
-        let tensor =
-            Tensor { name: "w", dtype: Dtype::F8E4m3, rows: 1, cols: 3, bytes: &[0, 0x7f, 0], scales: None };
+        let tensor = Tensor {
+            name: "w",
+            dtype: Dtype::F8E4m3,
+            rows: 1,
+            cols: 3,
+            data: (&[0, 0x7f, 0]).into(),
+            scales: None,
+        };
         let error = tensor.to_f32().unwrap_err().to_string();
         assert!(error.contains("tensor w") && error.contains("[0, 1]"), "{error}");
     }

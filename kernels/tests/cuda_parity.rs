@@ -16,6 +16,8 @@ mod linear;
 mod moe;
 #[path = "cuda/paged.rs"]
 mod paged;
+#[path = "cuda/random.rs"]
+mod random;
 #[path = "cuda/sample.rs"]
 mod sample;
 #[path = "cuda/transfer.rs"]

@@ -45,7 +45,7 @@ fn noise(count: usize, scale: f32, mut seed: u32) -> Vec<u8> {
 }
 
 fn tensor<'a>(name: &'a str, rows: usize, cols: usize, bytes: &'a [u8]) -> Tensor<'a> {
-    Tensor { name, dtype: Dtype::F32, rows, cols, bytes, scales: None }
+    Tensor { name, dtype: Dtype::F32, rows, cols, data: bytes.into(), scales: None }
 }
 
 /// Attention of the second layer over a prompt, in two chunks.

@@ -43,7 +43,7 @@ fn references() -> Vec<Vec<u32>> {
 fn start(role: Role, blocks: u32, chunk: u32, prefix_cache: bool) -> EngineHandle {
     let options = RunnerOptions {
         block_tokens: BLOCK_TOKENS,
-        blocks,
+        kv: model::KvSize::Blocks(blocks),
         max_sequences: 16,
         max_step_tokens: chunk,
         ..RunnerOptions::default()

@@ -15,7 +15,8 @@ fn main() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/demo/checkpoint");
     let begin = Instant::now();
     let backend = CpuBackend::new(options).expect("backend");
-    let limits = RunnerOptions { blocks: 256, max_sequences: 16, ..RunnerOptions::default() };
+    let limits =
+        RunnerOptions { kv: model::KvSize::Blocks(256), max_sequences: 16, ..RunnerOptions::default() };
     let mut runner = ModelRunner::load(&dir, backend, limits).expect("the demo model");
     println!("loaded in {:.0} ms; {}", begin.elapsed().as_secs_f64() * 1e3, memory());
     let peak = peak_gflops(Level::detect());

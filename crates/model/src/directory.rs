@@ -5,6 +5,7 @@ use crate::{
     Config, Error, GenerationDefaults,
     checkpoint::{Checkpoint, Entry, read_text},
     names::{Expected, SCALE_SUFFIX, expected, is_mtp},
+    random::RandomWeights,
 };
 use kernels::{Dtype, Scales, Tensor};
 use std::path::{Path, PathBuf};
@@ -18,7 +19,13 @@ pub struct Directory {
     pub mtp_tensors: usize,
     /// Tensors that no part of the model asks for.
     pub unexpected_tensors: usize,
-    pub(crate) checkpoint: Checkpoint,
+    pub(crate) weights: Weights,
+}
+
+/// Where the numbers of a model are.
+pub(crate) enum Weights {
+    Files(Checkpoint),
+    Random(RandomWeights),
 }
 
 /// Checks everything about a model directory that can be checked without reading its weights.
@@ -35,7 +42,8 @@ pub fn check_directory(dir: &Path) -> Result<Directory, Error> {
     }
     let mtp_tensors = checkpoint.iter().filter(|(name, _)| is_mtp(&config, name)).count();
     let unexpected_tensors = checkpoint.iter().count() - used - mtp_tensors;
-    Ok(Directory { path: dir.to_path_buf(), config, generation, mtp_tensors, unexpected_tensors, checkpoint })
+    let weights = Weights::Files(checkpoint);
+    Ok(Directory { path: dir.to_path_buf(), config, generation, mtp_tensors, unexpected_tensors, weights })
 }
 
 fn read_generation(dir: &Path) -> Result<GenerationDefaults, Error> {
@@ -142,27 +150,44 @@ fn dtype(dtype: safetensors::Dtype) -> Option<Dtype> {
 impl Directory {
     /// A tensor of the model. Its presence and shape have been checked.
     pub(crate) fn tensor<'a>(&'a self, name: &'a str) -> Result<Tensor<'a>, Error> {
-        let missing = || Error::malformed(&self.checkpoint.listing, format!("tensor {name} was not checked"));
-        let entry = self.checkpoint.get(name).ok_or_else(missing)?;
-        let dtype = dtype(entry.dtype).ok_or_else(missing)?;
+        let tensor = match &self.weights {
+            Weights::Files(checkpoint) => self.stored(checkpoint, name),
+            Weights::Random(random) => random.tensor(name),
+        };
+        tensor.ok_or_else(|| Error::malformed(&self.path, format!("tensor {name} was not checked")))
+    }
+
+    fn stored<'a>(&'a self, checkpoint: &'a Checkpoint, name: &'a str) -> Option<Tensor<'a>> {
+        let entry = checkpoint.get(name)?;
+        let dtype = dtype(entry.dtype)?;
         let (rows, cols) = match entry.shape.as_slice() {
             [cols] => (1, *cols),
             [rows, cols] => (*rows, *cols),
-            _ => return Err(missing()),
+            _ => return None,
         };
-        let scales = (dtype == Dtype::F8E4m3).then(|| self.scales(name)).flatten();
-        Ok(Tensor { name, dtype, rows, cols, bytes: self.checkpoint.bytes(entry), scales })
+        let scales = (dtype == Dtype::F8E4m3).then(|| self.scales(checkpoint, name)).flatten();
+        Some(Tensor { name, dtype, rows, cols, data: checkpoint.bytes(entry).into(), scales })
     }
 
-    fn scales(&self, name: &str) -> Option<Scales<'_>> {
-        let entry = self.checkpoint.get(&format!("{name}{SCALE_SUFFIX}"))?;
-        Some(Scales { bytes: self.checkpoint.bytes(entry), block: self.config.quantization?.block })
+    fn scales<'a>(&self, checkpoint: &'a Checkpoint, name: &str) -> Option<Scales<'a>> {
+        let entry = checkpoint.get(&format!("{name}{SCALE_SUFFIX}"))?;
+        Some(Scales { bytes: checkpoint.bytes(entry), block: self.config.quantization?.block })
+    }
+
+    /// The file that a tensor lies in.
+    pub(crate) fn file_of(&self, name: &str) -> Option<&Path> {
+        match &self.weights {
+            Weights::Files(checkpoint) => checkpoint.get(name).map(|entry| checkpoint.path(entry)),
+            Weights::Random(_) => None,
+        }
     }
 
     /// Lets go of the pages of a tensor that has been converted.
     pub(crate) fn forget(&self, name: &str) {
-        if let Some(entry) = self.checkpoint.get(name) {
-            self.checkpoint.forget(entry);
+        if let Weights::Files(checkpoint) = &self.weights
+            && let Some(entry) = checkpoint.get(name)
+        {
+            checkpoint.forget(entry);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! One number for "the same weights": workers exchange KV blocks only if it is equal.
 
-use crate::{Directory, Error, check_directory};
+use crate::{Directory, Error, check_directory, checkpoint::Checkpoint, directory::Weights};
 use std::path::Path;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -9,8 +9,8 @@ use xxhash_rust::xxh3::Xxh3;
 const PIECES: usize = 4;
 const PIECE_BYTES: usize = 64;
 
-/// Covers the configuration that the model is computed by, and name, type, shape and sampled bytes of every tensor. Equal for equal
-/// weights, however they are split over files.
+/// Covers the configuration that the model is computed by, and name, type, shape and sampled bytes of every tensor, or the seed of
+/// random ones. Equal for equal weights, however they are split over files.
 pub fn weights_fingerprint(dir: &Path) -> Result<u64, Error> {
     Ok(of_directory(&check_directory(dir)?))
 }
@@ -18,12 +18,19 @@ pub fn weights_fingerprint(dir: &Path) -> Result<u64, Error> {
 pub(crate) fn of_directory(directory: &Directory) -> u64 {
     let mut hasher = Xxh3::new();
     hasher.update(format!("{:?}", directory.config).as_bytes());
-    for (name, entry) in directory.checkpoint.iter() {
-        hasher.update(format!("{name} {:?} {:?}", entry.dtype, entry.shape).as_bytes());
-        sample(directory.checkpoint.bytes(entry), &mut hasher);
-        directory.checkpoint.forget(entry);
+    match &directory.weights {
+        Weights::Files(checkpoint) => add_files(checkpoint, &mut hasher),
+        Weights::Random(random) => hasher.update(format!("random {}", random.seed).as_bytes()),
     }
     hasher.digest()
+}
+
+fn add_files(checkpoint: &Checkpoint, hasher: &mut Xxh3) {
+    for (name, entry) in checkpoint.iter() {
+        hasher.update(format!("{name} {:?} {:?}", entry.dtype, entry.shape).as_bytes());
+        sample(checkpoint.bytes(entry), hasher);
+        checkpoint.forget(entry);
+    }
 }
 
 fn sample(bytes: &[u8], hasher: &mut Xxh3) {

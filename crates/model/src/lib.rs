@@ -10,6 +10,8 @@ mod forward;
 mod generation;
 mod load;
 mod names;
+mod pool;
+mod random;
 mod rope;
 mod runner;
 
@@ -18,5 +20,7 @@ pub use directory::{Directory, check_directory};
 pub use error::Error;
 pub use fingerprint::weights_fingerprint;
 pub use generation::GenerationDefaults;
+pub use pool::KvSize;
+pub use random::random_directory;
 pub use rope::{Rope, Yarn};
 pub use runner::{Launched, Model, ModelRunner, RunnerOptions};

@@ -144,9 +144,7 @@ impl<B: Backend> Loader<'_, B> {
     /// A backend knows tensors by name only; this adds where they are.
     fn failed(&self, cause: kernels::Error) -> Error {
         let path = match &cause {
-            kernels::Error::Tensor { name, .. } => {
-                self.directory.checkpoint.get(name).map(|e| self.directory.checkpoint.path(e))
-            }
+            kernels::Error::Tensor { name, .. } => self.directory.file_of(name),
             _ => None,
         };
         Error::Weights { path: path.unwrap_or(&self.directory.path).to_path_buf(), cause }

@@ -2,19 +2,20 @@
 //! order: reads and writes take place after every step launched before them.
 
 use crate::{
-    Config, Error, GenerationDefaults, check_directory, fingerprint,
+    Config, Directory, Error, GenerationDefaults, KvSize, check_directory, fingerprint,
     forward::{Activations, Network},
     load::Loader,
+    pool,
 };
-use kernels::{Backend, EntryOutput, GraphKey, Shape, StepInput};
+use kernels::{Backend, EntryOutput, GraphKey, Random, Shape, StepInput};
 use kv::{BlockId, KvLayout, Payload, Reply};
 use std::path::Path;
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RunnerOptions {
     pub block_tokens: u32,
-    /// Blocks in the KV pool.
-    pub blocks: u32,
+    /// The KV pool.
+    pub kv: KvSize,
     /// Entries in one step, and slots of sampler state.
     pub max_sequences: u32,
     /// Input tokens in one step.
@@ -29,7 +30,7 @@ impl Default for RunnerOptions {
     fn default() -> Self {
         RunnerOptions {
             block_tokens: 64,
-            blocks: 256,
+            kv: KvSize::Blocks(256),
             max_sequences: 64,
             max_step_tokens: 512,
             max_context: None,
@@ -53,11 +54,11 @@ pub struct Model {
 }
 
 pub struct ModelRunner<B: Backend> {
-    backend: B,
+    pub(crate) backend: B,
     network: Network<B>,
     activations: Activations<B>,
     model: Model,
-    shape: Shape,
+    pub(crate) shape: Shape,
 }
 
 /// A step on its way.
@@ -67,12 +68,16 @@ pub struct Launched<B: Backend> {
 
 impl<B: Backend> ModelRunner<B> {
     /// Checks the whole directory, then loads it.
-    pub fn load(dir: &Path, mut backend: B, options: RunnerOptions) -> Result<Self, Error> {
-        let directory = check_directory(dir)?;
-        let model = describe(&directory, &options)?;
+    pub fn load(dir: &Path, backend: B, options: RunnerOptions) -> Result<Self, Error> {
+        Self::open(&check_directory(dir)?, backend, options)
+    }
+
+    /// Loads what has been checked.
+    pub fn open(directory: &Directory, mut backend: B, options: RunnerOptions) -> Result<Self, Error> {
+        let model = describe(directory, &options)?;
         let shape = shape(&model, &options)?;
         backend.prepare(shape.clone())?;
-        let network = Loader { directory: &directory, backend: &mut backend }.network()?;
+        let network = Loader { directory, backend: &mut backend }.network()?;
         let activations = Activations::alloc(&mut backend, &shape)?;
         tracing::info!(
             model = model.name,
@@ -80,7 +85,9 @@ impl<B: Backend> ModelRunner<B> {
             unexpected_tensors = directory.unexpected_tensors,
             "model loaded; tensors of multi-token prediction and unexpected ones were left"
         );
-        Ok(ModelRunner { backend, network, activations, model, shape })
+        let mut runner = ModelRunner { backend, network, activations, model, shape };
+        runner.size_pool(options.kv)?;
+        Ok(runner)
     }
 
     /// Enqueues a step; on a CPU, runs it.
@@ -102,6 +109,11 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.download(launched.step)
     }
 
+    /// Fills the KV pool with random rows, for measuring.
+    pub fn randomize_pool(&mut self, random: Random) -> Result<(), kernels::Error> {
+        self.backend.randomize_pool(random)
+    }
+
     /// Copies out the first `rows` tokens of every layer of a block.
     pub fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) {
         self.backend.kv_read(block, rows, reply);
@@ -115,6 +127,10 @@ impl<B: Backend> ModelRunner<B> {
     /// Breaks the device; see [`Backend::fail`].
     pub fn fail(&mut self) -> Result<(), kernels::Error> {
         self.backend.fail()
+    }
+
+    pub fn backend(&mut self) -> &mut B {
+        &mut self.backend
     }
 
     pub fn layout(&self) -> KvLayout {
@@ -156,7 +172,6 @@ fn describe(directory: &crate::Directory, options: &RunnerOptions) -> Result<Mod
 fn shape(model: &Model, options: &RunnerOptions) -> Result<Shape, Error> {
     let positive = [
         ("block_tokens", options.block_tokens),
-        ("blocks", options.blocks),
         ("max_sequences", options.max_sequences),
         ("max_step_tokens", options.max_step_tokens),
         ("tokenizer_size", options.tokenizer_size.unwrap_or(1)),
@@ -164,6 +179,7 @@ fn shape(model: &Model, options: &RunnerOptions) -> Result<Shape, Error> {
     if let Some((option, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
         return Err(Error::Option { option, what: "0, must be at least 1".to_string() });
     }
+    options.kv.check()?;
     let config = &model.config;
     if let Some(size) = options.tokenizer_size.filter(|size| *size > config.vocab_size) {
         let what = format!(
@@ -186,7 +202,8 @@ fn shape(model: &Model, options: &RunnerOptions) -> Result<Shape, Error> {
         rope_frequencies: config.rope.frequencies(config.rope_dim),
         rope_amplitude: config.rope.amplitude(),
         block_tokens: options.block_tokens,
-        blocks: options.blocks,
+        // Until the pool has its size.
+        blocks: pool::first_blocks(options, model.max_context),
         max_sequences: options.max_sequences,
         max_step_tokens: options.max_step_tokens,
         max_context: model.max_context,

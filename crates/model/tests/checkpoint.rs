@@ -221,7 +221,7 @@ fn options_that_cannot_be_are_refused() {
     let dir = Synthetic::fp8().write();
     for (options, option) in [
         (model::RunnerOptions { max_context: Some(257), ..OPTIONS }, "max_context"),
-        (model::RunnerOptions { blocks: 0, ..OPTIONS }, "blocks"),
+        (model::RunnerOptions { kv: model::KvSize::Blocks(0), ..OPTIONS }, "blocks"),
         (model::RunnerOptions { tokenizer_size: Some(71), ..OPTIONS }, "tokenizer_size"),
     ] {
         let backend = kernels::CpuBackend::new(CpuOptions::default()).unwrap();

@@ -76,7 +76,7 @@ fn the_vectors_of_the_machine_change_no_bit() {
 #[test]
 fn the_size_of_a_block_changes_no_bit() {
     let expected = alone(CpuOptions::default(), &TABLE, 512);
-    let options = RunnerOptions { block_tokens: 16, blocks: 64, ..OPTIONS };
+    let options = RunnerOptions { block_tokens: 16, kv: model::KvSize::Blocks(64), ..OPTIONS };
     let mut rig = Rig::new(&demo().join("checkpoint"), options, CpuOptions::default());
     rig.run(&prompt(0), &(20..40).collect::<Vec<u32>>(), 512, 4);
     assert_same(&bits(&rig, 0), &expected, "blocks of 16");

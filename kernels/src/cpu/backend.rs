@@ -15,11 +15,12 @@ use super::{
     step::Slots,
 };
 use crate::{
-    Backend, Dtype, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, QueryTensors, Shape,
-    StepInput, Tensor, Weights,
+    Backend, DeviceMemory, Dtype, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors,
+    QueryTensors, Random, Shape, StepInput, Tensor, Weights,
 };
 use kv::{BlockId, Digest, KvDtype, KvError, KvLayout, Payload, Reply};
 use rayon::prelude::*;
+use std::time::Instant;
 
 /// Rows of prompt logprobs whose logits are held at once.
 const LOGPROB_ROWS: usize = 32;
@@ -37,6 +38,25 @@ impl Weights for CpuBackend {
         let pool = KvPool::new(shape.layout(KvDtype::F32), shape.blocks)?;
         let slots = Slots::new(shape.max_sequences);
         self.prepared = Some(Prepared { shape, pool, slots, scratch: Default::default() });
+        Ok(())
+    }
+
+    fn memory(&self) -> Result<Option<DeviceMemory>, Error> {
+        Ok(None)
+    }
+
+    fn resize_pool(&mut self, blocks: u32) -> Result<(), Error> {
+        let Prepared { shape, pool, slots, .. } = self.prepared()?;
+        *pool = KvPool::new(shape.layout(KvDtype::F32), blocks)?;
+        *slots = Slots::new(shape.max_sequences);
+        shape.blocks = blocks;
+        Ok(())
+    }
+
+    fn randomize_pool(&mut self, random: Random) -> Result<(), Error> {
+        let threads = self.threads.clone();
+        let pool = &mut self.prepared()?.pool;
+        threads.install(|| pool.fill(|index| half::bf16::from_f32(random.uniform(index)).to_f32()));
         Ok(())
     }
 
@@ -95,6 +115,7 @@ impl Weights for CpuBackend {
 impl Backend for CpuBackend {
     type Step = Step;
     type Routing = Routing;
+    type Mark = Instant;
 
     fn layout(&self) -> KvLayout {
         self.prepared.as_ref().map_or(EMPTY, |prepared| prepared.pool.layout())
@@ -324,6 +345,14 @@ impl Backend for CpuBackend {
         F: FnOnce(&mut Self) -> Result<(), Error> + Send,
     {
         self.threads.clone().install(|| run(self))
+    }
+
+    fn mark(&mut self) -> Result<Instant, Error> {
+        Ok(Instant::now())
+    }
+
+    fn between(&mut self, from: &Instant, to: &Instant) -> Result<f32, Error> {
+        Ok(to.duration_since(*from).as_secs_f32() * 1e3)
     }
 
     fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) {

@@ -342,8 +342,14 @@ mod tests {
         for (rows, n, k) in [(1, 1, 1), (1, 130, 700), (7, 64, 33), (250, 200, 96), (13, 576, 1100)] {
             let (x, w) = (noise(rows * k, 1), noise(n * k, 2));
             let bytes: Vec<u8> = w.iter().flat_map(|v| v.to_le_bytes()).collect();
-            let tensor =
-                Tensor { name: "w", dtype: crate::Dtype::F32, rows: n, cols: k, bytes: &bytes, scales: None };
+            let tensor = Tensor {
+                name: "w",
+                dtype: crate::Dtype::F32,
+                rows: n,
+                cols: k,
+                data: (&bytes).into(),
+                scales: None,
+            };
             let packed = Packed::from_parts(&[tensor]).unwrap();
             for level in Level::available() {
                 let mut y = vec![f32::NAN; rows * n];
@@ -362,8 +368,14 @@ mod tests {
     #[test]
     fn columns_and_rows_pack_the_same_matrix() {
         let bytes: Vec<u8> = noise(70 * 5, 3).iter().flat_map(|v| v.to_le_bytes()).collect();
-        let tensor =
-            Tensor { name: "w", dtype: crate::Dtype::F32, rows: 5, cols: 70, bytes: &bytes, scales: None };
+        let tensor = Tensor {
+            name: "w",
+            dtype: crate::Dtype::F32,
+            rows: 5,
+            cols: 70,
+            data: (&bytes).into(),
+            scales: None,
+        };
         let (rows, columns) =
             (Packed::from_parts(&[tensor]).unwrap(), Packed::from_columns(&tensor, 1..4).unwrap());
         assert_eq!((rows.n, rows.k, columns.n, columns.k), (5, 70, 70, 3));

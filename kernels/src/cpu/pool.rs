@@ -4,6 +4,7 @@
 use crate::Error;
 use bytes::Bytes;
 use kv::{BlockId, KvError, KvLayout};
+use rayon::prelude::*;
 
 pub struct KvPool {
     layout: KvLayout,
@@ -19,6 +20,11 @@ impl KvPool {
         isize::try_from(elements).ok().and_then(|n| n.checked_mul(4)).ok_or_else(too_big)?;
         // Zeroed by the system, page by page, when touched.
         Ok(KvPool { layout, blocks, values: vec![0.0; elements] })
+    }
+
+    /// Element `index` of the allocation becomes `value(index)`.
+    pub fn fill(&mut self, value: impl Fn(usize) -> f32 + Sync) {
+        self.values.par_iter_mut().enumerate().for_each(|(index, element)| *element = value(index));
     }
 
     pub fn layout(&self) -> KvLayout {

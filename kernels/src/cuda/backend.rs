@@ -11,15 +11,17 @@ use super::{
     linear::{self, Batch, Output, Runs},
     memory::{Buffer, Prepared},
     mla::Attend,
+    random::{self, View},
     rows::{self, Launch, bf16},
     sample::{self, SampleResult},
     step::Step,
     weights::{Experts, Linear, Mla, Query, Table},
 };
 use crate::{
-    Backend, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, Shape, StepInput, Tensor,
-    Weights, check::check,
+    Backend, DeviceMemory, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, Random, Shape,
+    StepInput, Tensor, Weights, check::check,
 };
+use cudarc::driver::CudaEvent;
 use kv::{BlockId, Digest, KvDtype, KvError, KvLayout, Payload, Reply};
 
 /// Rows of prompt logprobs whose logits are held at once.
@@ -42,6 +44,22 @@ impl Weights for CudaBackend {
     fn prepare(&mut self, shape: Shape) -> Result<(), Error> {
         self.prepared = Some(Prepared::new(&self.device, shape)?);
         Ok(())
+    }
+
+    fn memory(&self) -> Result<Option<DeviceMemory>, Error> {
+        self.device.memory().map(Some)
+    }
+
+    fn resize_pool(&mut self, blocks: u32) -> Result<(), Error> {
+        let (device, prepared) = self.parts()?;
+        prepared.resize_pool(device, blocks)
+    }
+
+    fn randomize_pool(&mut self, random: Random) -> Result<(), Error> {
+        let (device, prepared) = self.parts()?;
+        let elements = prepared.pool.layout().block_bytes() / 2;
+        let view = View::whole(prepared.shape.blocks as usize, elements);
+        random::bf16(device, random, false, view, prepared.pool.address())
     }
 
     fn alloc(&mut self, rows: usize, width: usize) -> Result<Buffer, Error> {
@@ -77,6 +95,7 @@ impl Weights for CudaBackend {
 impl Backend for CudaBackend {
     type Step = Step;
     type Routing = Routing;
+    type Mark = CudaEvent;
 
     fn layout(&self) -> KvLayout {
         self.prepared.as_ref().map_or(EMPTY, |prepared| prepared.pool.layout())
@@ -310,6 +329,14 @@ impl Backend for CudaBackend {
             Next::Record => self.record(bucket, run)?,
         }
         self.collect()
+    }
+
+    fn mark(&mut self) -> Result<CudaEvent, Error> {
+        self.device.mark()
+    }
+
+    fn between(&mut self, from: &CudaEvent, to: &CudaEvent) -> Result<f32, Error> {
+        from.elapsed_ms(to).map_err(super::device::device)
     }
 
     fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) {

@@ -3,12 +3,15 @@
 
 pub(crate) use super::fault::device;
 use super::fault::text;
-use crate::Error;
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, result, sys};
+use crate::{DeviceMemory, Error};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 use std::{
     collections::{BTreeSet, HashMap},
     ffi::c_void,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 /// (family, architecture, cubin), made by build.rs; empty without the feature `cuda`.
@@ -22,6 +25,8 @@ pub struct Device {
     pub stream: Arc<CudaStream>,
     functions: HashMap<&'static str, CudaFunction>,
     pub multiprocessors: u32,
+    /// Bytes of every [`Memory`] there is.
+    held: Arc<AtomicUsize>,
 }
 
 /// Blocks and threads of a launch, and dynamic shared memory of a block in bytes.
@@ -107,7 +112,7 @@ impl Device {
             .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(device)? as u32;
         let functions = load(&context, arch)?;
-        Ok(Device { context, stream, functions, multiprocessors })
+        Ok(Device { context, stream, functions, multiprocessors, held: Arc::default() })
     }
 
     /// Makes this thread one that may talk to the device.
@@ -153,7 +158,13 @@ impl Device {
                 text(error)
             ))
         })?;
-        Ok(Memory { address, bytes, context: self.context.clone() })
+        self.held.fetch_add(bytes, Relaxed);
+        Ok(Memory { address, bytes, context: self.context.clone(), held: self.held.clone() })
+    }
+
+    pub fn memory(&self) -> Result<DeviceMemory, Error> {
+        let (free, total) = self.context.mem_get_info().map_err(device)?;
+        Ok(DeviceMemory { total, free, held: self.held.load(Relaxed) })
     }
 
     /// Copies host bytes to `to`. The bytes may be reused when the call returns.
@@ -173,6 +184,14 @@ impl Device {
         // SAFETY: within the allocation.
         unsafe { result::memset_d8_async(memory.address, byte, memory.bytes, self.stream.cu_stream()) }
             .map_err(device)
+    }
+
+    /// An event with a time, behind everything enqueued.
+    pub fn mark(&self) -> Result<CudaEvent, Error> {
+        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        let event = self.context.new_event(Some(flags)).map_err(device)?;
+        event.record(&self.stream).map_err(device)?;
+        Ok(event)
     }
 
     pub fn synchronize(&self) -> Result<(), Error> {
@@ -273,6 +292,7 @@ pub struct Memory {
     address: Address,
     bytes: usize,
     context: Arc<CudaContext>,
+    held: Arc<AtomicUsize>,
 }
 
 impl Memory {
@@ -287,6 +307,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        self.held.fetch_sub(self.bytes, Relaxed);
         let _ = self.context.bind_to_thread();
         // SAFETY: cuMemFree waits for whatever uses the memory. An error here means that the context is lost.
         let _ = unsafe { result::free_sync(self.address) };

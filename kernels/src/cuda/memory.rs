@@ -71,6 +71,15 @@ impl Prepared {
         })
     }
 
+    /// The old pool goes first: both may not fit. Recorded steps have its address.
+    pub fn resize_pool(&mut self, device: &Device, blocks: u32) -> Result<(), Error> {
+        device.synchronize()?;
+        self.graphs.forget();
+        self.known = Known::new(self.shape.max_sequences);
+        self.shape.blocks = blocks;
+        self.pool.resize(device, blocks)
+    }
+
     /// Makes `step` resident.
     pub fn upload(&mut self, device: &Device, step: &StepInput) -> Result<Step, Error> {
         let wanted_at = self.room(device, "wanted", 16 * self.max_rows())?;

@@ -18,6 +18,7 @@ pub mod linear;
 mod memory;
 mod mla;
 pub mod moe;
+pub mod random;
 mod rows;
 pub mod sample;
 mod scratch;
@@ -62,5 +63,6 @@ pub(crate) const FAMILIES: &[(&str, &[&str])] = &[
     ("gate", gate::KERNELS),
     ("linear", linear::KERNELS),
     ("moe", moe::KERNELS),
+    ("random", random::KERNELS),
     ("sample", sample::KERNELS),
 ];

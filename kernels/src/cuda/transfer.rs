@@ -74,6 +74,13 @@ impl KvPool {
         Ok(KvPool { memory, layout, stream, leaves, free, passing })
     }
 
+    /// Another number of blocks, all empty. The old memory goes first: both may not fit.
+    pub fn resize(&mut self, device: &Device, blocks: u32) -> Result<(), Error> {
+        self.memory = device.alloc(0)?;
+        self.memory = device.alloc(self.layout.block_bytes() * blocks as usize)?;
+        device.fill(&self.memory, 0)
+    }
+
     pub fn address(&self) -> Address {
         self.memory.address()
     }

@@ -1,8 +1,11 @@
 //! Weights in device memory. FP8 matrices keep their bytes and scales; everything else becomes bf16 (matrices) or f32
-//! (vectors). Bytes go from the checkpoint's pages to the device, one tensor at a time.
+//! (vectors). Bytes go from the checkpoint's pages to the device, one tensor at a time; random matrices are made where they lie.
 
-use super::device::{Address, Device, Memory};
-use crate::{Dtype, Error, MlaTensors, MlpTensors, QueryTensors, Shape, Tensor};
+use super::{
+    device::{Address, Device, Memory},
+    random::{self, View},
+};
+use crate::{Data, Dtype, Error, MlaTensors, MlpTensors, QueryTensors, Random, Shape, Tensor};
 
 /// Rows and columns that share a weight scale.
 pub const BLOCK: usize = 128;
@@ -19,11 +22,15 @@ impl Table {
     }
 
     pub fn load(device: &Device, tensor: Tensor<'_>) -> Result<Table, Error> {
-        let bytes = match tensor.rows {
-            1 => f32_bytes(&tensor.to_f32()?),
-            _ => bf16_rows(&tensor)?,
+        let memory = match tensor.rows {
+            1 => put(device, &f32_bytes(&tensor.to_f32()?))?,
+            _ => {
+                let memory = device.alloc(2 * tensor.rows * tensor.cols)?;
+                fill_bf16(device, &tensor, memory.address())?;
+                memory
+            }
         };
-        Ok(Table { memory: put(device, &bytes)?, width: tensor.cols as u32 })
+        Ok(Table { memory, width: tensor.cols as u32 })
     }
 }
 
@@ -94,9 +101,7 @@ impl Matrices {
             let first = index * self.n + row;
             match &self.scales {
                 Some(scales) => self.fill_fp8(device, part, index, row, scales)?,
-                None => {
-                    device.upload(&bf16_rows(part)?, self.weights.address() + (2 * first * self.k) as u64)?
-                }
+                None => fill_bf16(device, part, self.weights.address() + (2 * first * self.k) as u64)?,
             }
             row += part.rows;
         }
@@ -111,23 +116,40 @@ impl Matrices {
         row: usize,
         scales: &Memory,
     ) -> Result<(), Error> {
-        let Some(of) = part.scales.filter(|scales| scales.block == [BLOCK, BLOCK]) else {
-            return Err(refuse(
-                part,
-                "is FP8 without scales of 128 × 128 blocks; the CUDA backend has no other",
-            ));
-        };
         if !row.is_multiple_of(BLOCK) {
             return Err(refuse(part, "follows rows that do not fill a block of 128; their scales would mix"));
         }
-        if part.bytes.iter().any(|byte| byte & 0x7f == 0x7f) {
-            return Err(refuse(part, "contains NaN; the file is corrupt"));
-        }
-        device.upload(part.bytes, self.weights.address() + ((index * self.n + row) * self.k) as u64)?;
+        let to = self.weights.address() + ((index * self.n + row) * self.k) as u64;
         let (per_matrix, per_row) = (self.n.div_ceil(BLOCK), self.k.div_ceil(BLOCK));
         let first = (index * per_matrix + row / BLOCK) * per_row;
-        device.upload(of.bytes, scales.address() + 4 * first as u64)
+        let scales_to = scales.address() + 4 * first as u64;
+        match part.data {
+            Data::Bytes(bytes) => upload_fp8(device, part, bytes, to, scales_to),
+            Data::Random(random) => {
+                random::e4m3(device, random, part.rows * part.cols, to)?;
+                let blocks = part.rows.div_ceil(BLOCK) * per_row;
+                device.upload(&f32_bytes(&vec![random.scale(); blocks]), scales_to)
+            }
+            Data::Constant(_) => Err(refuse(part, "is FP8 and constant, which no model has")),
+        }
     }
+}
+
+fn upload_fp8(
+    device: &Device,
+    part: &Tensor<'_>,
+    bytes: &[u8],
+    to: Address,
+    scales_to: Address,
+) -> Result<(), Error> {
+    let Some(scales) = part.scales.filter(|scales| scales.block == [BLOCK, BLOCK]) else {
+        return Err(refuse(part, "is FP8 without scales of 128 × 128 blocks; the CUDA backend has no other"));
+    };
+    if bytes.iter().any(|byte| byte & 0x7f == 0x7f) {
+        return Err(refuse(part, "contains NaN; the file is corrupt"));
+    }
+    device.upload(bytes, to)?;
+    device.upload(scales.bytes, scales_to)
 }
 
 /// The experts of a layer in the order of their ids.
@@ -200,15 +222,15 @@ impl Mla {
                 Linear::load(device, &[*a, tensors.kv_a])?,
             ),
         };
-        let UpProjection { key, key_rows, value } = split_up_projection(shape, &tensors.kv_b)?;
+        let UpProjection { key, key_rows, value } = UpProjection::load(device, shape, &tensors.kv_b)?;
         Ok(Mla {
             query,
             low,
             kv_norm: Table::load(device, tensors.kv_norm)?,
             eps: tensors.eps,
-            key: put(device, &key)?,
-            key_rows: put(device, &key_rows)?,
-            value: put(device, &value)?,
+            key,
+            key_rows,
+            value,
         })
     }
 
@@ -233,36 +255,76 @@ impl Mla {
     }
 }
 
-/// Both halves of `kv_b` in bf16, keys in two orders.
+/// Both halves of `kv_b` in bf16, keys in two orders. Rows of a head in `kv_b`: keys, then values.
 struct UpProjection {
-    key: Vec<u8>,
-    key_rows: Vec<u8>,
-    value: Vec<u8>,
+    key: Memory,
+    key_rows: Memory,
+    value: Memory,
 }
 
-/// Rows of a head in `kv_b`: keys, then values.
-fn split_up_projection(shape: &Shape, kv_b: &Tensor<'_>) -> Result<UpProjection, Error> {
-    let (nope, value, latent) = (shape.nope as usize, shape.value as usize, shape.latent as usize);
-    let heads = shape.heads as usize;
-    let mut key = vec![0; 2 * heads * latent * nope];
-    let mut key_rows = Vec::with_capacity(2 * heads * nope * latent);
-    let mut values = Vec::with_capacity(2 * heads * value * latent);
-    let mut row = vec![0.0; latent];
-    for head in 0..heads {
-        let key = &mut key[2 * head * latent * nope..][..2 * latent * nope];
-        for d in 0..nope {
-            kv_b.read_row(head * (nope + value) + d, &mut row)?;
-            for (c, x) in row.iter().enumerate() {
-                key[2 * (c * nope + d)..][..2].copy_from_slice(&bf16(*x));
-            }
-            key_rows.extend(row.iter().flat_map(|x| bf16(*x)));
-        }
-        for d in nope..nope + value {
-            kv_b.read_row(head * (nope + value) + d, &mut row)?;
-            values.extend(row.iter().flat_map(|x| bf16(*x)));
+impl UpProjection {
+    fn load(device: &Device, shape: &Shape, kv_b: &Tensor<'_>) -> Result<UpProjection, Error> {
+        match kv_b.data {
+            Data::Random(random) => UpProjection::random(device, shape, random, kv_b.dtype == Dtype::F8E4m3),
+            _ => UpProjection::split(device, shape, kv_b),
         }
     }
-    Ok(UpProjection { key, key_rows, value: values })
+
+    fn random(device: &Device, shape: &Shape, random: Random, fp8: bool) -> Result<UpProjection, Error> {
+        let [heads, nope, value, latent] =
+            [shape.heads, shape.nope, shape.value, shape.latent].map(|size| size as usize);
+        let head = (nope + value) * latent;
+        let make = |[n, k]: [usize; 2], first: usize, [row, column]: [usize; 2]| {
+            let memory = device.alloc(2 * heads * n * k)?;
+            let view = View { sizes: [heads, n, k], first, strides: [head, row, column] };
+            random::bf16(device, random, fp8, view, memory.address())?;
+            Ok(memory)
+        };
+        Ok(UpProjection {
+            key: make([latent, nope], 0, [1, latent])?,
+            key_rows: make([nope, latent], 0, [latent, 1])?,
+            value: make([value, latent], nope * latent, [latent, 1])?,
+        })
+    }
+
+    fn split(device: &Device, shape: &Shape, kv_b: &Tensor<'_>) -> Result<UpProjection, Error> {
+        let (nope, value, latent) = (shape.nope as usize, shape.value as usize, shape.latent as usize);
+        let heads = shape.heads as usize;
+        let mut key = vec![0; 2 * heads * latent * nope];
+        let mut key_rows = Vec::with_capacity(2 * heads * nope * latent);
+        let mut values = Vec::with_capacity(2 * heads * value * latent);
+        let mut row = vec![0.0; latent];
+        for head in 0..heads {
+            let key = &mut key[2 * head * latent * nope..][..2 * latent * nope];
+            for d in 0..nope {
+                kv_b.read_row(head * (nope + value) + d, &mut row)?;
+                for (c, x) in row.iter().enumerate() {
+                    key[2 * (c * nope + d)..][..2].copy_from_slice(&bf16(*x));
+                }
+                key_rows.extend(row.iter().flat_map(|x| bf16(*x)));
+            }
+            for d in nope..nope + value {
+                kv_b.read_row(head * (nope + value) + d, &mut row)?;
+                values.extend(row.iter().flat_map(|x| bf16(*x)));
+            }
+        }
+        Ok(UpProjection {
+            key: put(device, &key)?,
+            key_rows: put(device, &key_rows)?,
+            value: put(device, &values)?,
+        })
+    }
+}
+
+/// A tensor in bf16 at `to`.
+fn fill_bf16(device: &Device, tensor: &Tensor<'_>, to: Address) -> Result<(), Error> {
+    match tensor.data {
+        Data::Random(random) => {
+            let view = View::whole(tensor.rows, tensor.cols);
+            random::bf16(device, random, tensor.dtype == Dtype::F8E4m3, view, to)
+        }
+        _ => device.upload(&bf16_rows(tensor)?, to),
+    }
 }
 
 fn bf16(x: f32) -> [u8; 2] {

@@ -31,7 +31,7 @@ impl Fp8 {
             dtype: Dtype::F8E4m3,
             rows: n,
             cols: k,
-            bytes: &bytes,
+            data: (&bytes).into(),
             scales: Some(Scales { bytes: &scale_bytes, block: [128, 128] }),
         };
         let values = tensor.to_f32().unwrap();

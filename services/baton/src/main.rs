@@ -1,6 +1,7 @@
 //! The one binary. Each subcommand stands in a file of its own; a service's own work stands in its library.
 
 mod bench;
+mod bench_engine;
 mod demo;
 mod http;
 mod serve;
@@ -33,6 +34,8 @@ enum Command {
     Status(status::Args),
     /// Measure a running cluster: time to first token, time between tokens, throughput
     Bench(bench::Args),
+    /// Measure the model alone, with random weights: time of a step, share of what the GPU could do
+    BenchEngine(bench_engine::Args),
 }
 
 fn main() -> ExitCode {
@@ -62,6 +65,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Worker(args) => serve::worker(args),
         Command::Status(args) => status::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::BenchEngine(args) => bench_engine::run(args),
     }
 }
 

@@ -29,6 +29,27 @@ pub struct WorkerArgs {
     /// Hugging Face directory of the model [default: the demo model]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
+    /// Where weights come from: safetensors, or random (only config.json is read; for measuring)
+    #[arg(long, value_name = "FORMAT")]
+    load_format: Option<LoadFormat>,
+    /// Seed of random weights
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Share of the GPU's memory that this worker takes; the KV pool gets what weights and scratch leave of it [default: 0.9]
+    #[arg(long, value_name = "SHARE")]
+    gpu_memory_utilization: Option<f32>,
+    /// Size of the KV pool in MiB, whatever the share [default on a CPU: 128]
+    #[arg(long, value_name = "MIB")]
+    kv_cache_mb: Option<u64>,
+    /// Blocks of the KV pool, whatever the share and the MiB
+    #[arg(long, value_name = "N")]
+    kv_blocks: Option<u32>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LoadFormat {
+    Safetensors,
+    Random,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -56,21 +77,41 @@ pub fn router(args: Args) -> anyhow::Result<ExitCode> {
 
 pub fn worker(args: WorkerArgs) -> anyhow::Result<ExitCode> {
     let mut config: worker::Config = settings::load(args.settings.config.as_deref(), &args.settings.set)?;
-    if let Some(role) = args.role {
-        config.role = role.into();
-    }
-    if let Some(backend) = args.backend {
-        config.backend = backend;
-    }
-    if let Some(model) = args.model {
-        config.model = model;
-    }
+    args.override_settings(&mut config);
     if config.model.as_os_str().is_empty() {
         config.model = demo::directory()?;
         config.served_model_name.get_or_insert_with(|| demo::NAME.to_owned());
     }
     telemetry::init("worker");
     serve(|shutdown| async move { worker::run(config, shutdown).await.context("worker") })
+}
+
+impl WorkerArgs {
+    fn override_settings(self, config: &mut worker::Config) {
+        replace(&mut config.role, self.role.map(Into::into));
+        replace(&mut config.backend, self.backend);
+        replace(&mut config.model, self.model);
+        replace(&mut config.load_format, self.load_format.map(Into::into));
+        replace(&mut config.seed, self.seed);
+        replace(&mut config.gpu_memory_utilization, self.gpu_memory_utilization);
+        config.kv_cache_mb = self.kv_cache_mb.or(config.kv_cache_mb);
+        config.kv_blocks = self.kv_blocks.or(config.kv_blocks);
+    }
+}
+
+fn replace<T>(value: &mut T, by: Option<T>) {
+    if let Some(by) = by {
+        *value = by;
+    }
+}
+
+impl From<LoadFormat> for worker::LoadFormat {
+    fn from(format: LoadFormat) -> Self {
+        match format {
+            LoadFormat::Safetensors => worker::LoadFormat::Safetensors,
+            LoadFormat::Random => worker::LoadFormat::Random,
+        }
+    }
 }
 
 impl From<Role> for worker::Role {

@@ -45,7 +45,7 @@ pub struct Args {
     /// Tokens of a KV block
     #[arg(long, value_name = "TOKENS", default_value_t = 64)]
     block_tokens: u32,
-    /// Blocks of each worker's KV pool [default: what fits 128 MiB]
+    /// Blocks of each worker's KV pool [default: what fits 128 MiB on a CPU, what is left of a GPU shared out evenly]
     #[arg(long, value_name = "N")]
     kv_blocks: Option<u32>,
     /// Override one key of every worker's configuration

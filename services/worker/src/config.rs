@@ -15,6 +15,17 @@ pub enum Role {
     Both,
 }
 
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LoadFormat {
+    /// The files of the model's directory.
+    #[default]
+    Safetensors,
+    /// A seed; only config.json is read. For measuring: what such a model says means nothing.
+    Random,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -23,6 +34,9 @@ pub struct Config {
     pub backend: String,
     /// Hugging Face directory of the model.
     pub model: PathBuf,
+    pub load_format: LoadFormat,
+    /// Of random weights.
+    pub seed: u64,
     /// Name under which the model is asked for; the directory's name if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub served_model_name: Option<String>,
@@ -38,11 +52,14 @@ pub struct Config {
     pub advertise_admin: Option<String>,
     /// Tokens in a KV block. Workers that exchange blocks must agree.
     pub block_tokens: u32,
-    /// Blocks in the KV pool; computed from `kv_cache_mb` if absent.
+    /// Blocks in the KV pool; computed from `kv_cache_mb` or `gpu_memory_utilization` if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_blocks: Option<u32>,
-    /// Size of the KV pool in MiB.
-    pub kv_cache_mb: u64,
+    /// Size of the KV pool in MiB; if absent, on a GPU what `gpu_memory_utilization` leaves, on a CPU [`CPU_CACHE_MB`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_cache_mb: Option<u64>,
+    /// Share of the GPU's memory that this worker takes in all. Workers of one GPU must share it out.
+    pub gpu_memory_utilization: f32,
     /// Sequences in one step.
     pub max_sequences: u32,
     /// Tokens in one step, and so the largest chunk of a prompt.
@@ -100,12 +117,21 @@ pub struct Handoff {
 /// What [`Config::backend`] may name. `cuda` needs a binary built with the feature of that name, and a Hopper GPU.
 pub const BACKENDS: [&str; 2] = ["cpu", "cuda"];
 
+/// MiB of the KV pool of a worker that computes on CPUs.
+pub const CPU_CACHE_MB: u64 = 128;
+
+/// Share of a GPU's memory that one worker takes if it is not told: the rest is for the driver, recorded steps and what
+/// else runs there.
+pub const GPU_SHARE: f32 = 0.9;
+
 impl Default for Config {
     fn default() -> Self {
         Config {
             role: Role::Both,
             backend: "cpu".into(),
             model: PathBuf::new(),
+            load_format: LoadFormat::default(),
+            seed: 0,
             served_model_name: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             admin: SocketAddr::from(([127, 0, 0, 1], 0)),
@@ -113,7 +139,8 @@ impl Default for Config {
             advertise_admin: None,
             block_tokens: 64,
             kv_blocks: None,
-            kv_cache_mb: 128,
+            kv_cache_mb: None,
+            gpu_memory_utilization: GPU_SHARE,
             max_sequences: 64,
             max_step_tokens: 512,
             max_context: None,
@@ -156,7 +183,7 @@ impl Config {
             ("max_sequences", u64::from(self.max_sequences)),
             ("max_step_tokens", u64::from(self.max_step_tokens)),
             ("kv_blocks", self.kv_blocks.map_or(1, u64::from)),
-            ("kv_cache_mb", self.kv_cache_mb),
+            ("kv_cache_mb", self.kv_cache_mb.unwrap_or(1)),
             ("liveness.heartbeat_ms", self.liveness.heartbeat_ms),
             ("handoff.tries", u64::from(self.handoff.tries)),
         ] {
@@ -166,6 +193,13 @@ impl Config {
         }
         if !(self.max_reserved_share > 0.0 && self.max_reserved_share <= 1.0) {
             return Err(wrong("max_reserved_share", "is not a share", "give a number above 0 and up to 1"));
+        }
+        if !(self.gpu_memory_utilization > 0.0 && self.gpu_memory_utilization <= 1.0) {
+            return Err(wrong(
+                "gpu_memory_utilization",
+                "is not a share",
+                "give a number above 0 and up to 1",
+            ));
         }
         if self.liveness.silence_ms <= 2 * self.liveness.heartbeat_ms {
             return Err(wrong("liveness.silence_ms", "is too short", "give more than twice heartbeat_ms"));
@@ -247,6 +281,8 @@ mod tests {
             ("backend = \"tpu\"", "tpu"),
             ("block_tokens = 0", "block_tokens"),
             ("max_reserved_share = 1.5", "max_reserved_share"),
+            ("gpu_memory_utilization = 90", "gpu_memory_utilization"),
+            ("load_format = \"gguf\"", "unknown variant `gguf`"),
             ("listen = \"0.0.0.0:7000\"", "advertise"),
             ("liveness.silence_ms = 1500", "silence_ms"),
         ] {

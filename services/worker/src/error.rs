@@ -12,8 +12,6 @@ pub enum Error {
     Listen { address: std::net::SocketAddr, cause: std::io::Error },
     #[error("cannot load the model: {0}")]
     Model(#[from] model::Error),
-    #[error("a KV pool of {megabytes} MiB holds {blocks} blocks of {block_bytes} bytes; raise kv_cache_mb")]
-    Pool { megabytes: u64, blocks: u64, block_bytes: usize },
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
     #[error("the engine stopped: {0}; the worker cannot go on and must be started again")]

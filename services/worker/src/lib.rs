@@ -10,6 +10,7 @@ mod decode;
 mod deliveries;
 mod error;
 mod load;
+pub mod measure;
 mod member;
 mod metrics;
 mod pool;
@@ -18,6 +19,6 @@ mod reservations;
 mod serve;
 mod shared;
 
-pub use config::{BACKENDS, Config, Handoff, Liveness, Role};
+pub use config::{BACKENDS, Config, GPU_SHARE, Handoff, Liveness, LoadFormat, Role};
 pub use error::Error;
 pub use serve::run;

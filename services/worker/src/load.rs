@@ -1,14 +1,19 @@
 //! From a model's directory to a running engine. The only place that names a backend.
 
-use crate::{Config, Error, Role, convert::Bounds, shared::Identity};
+use crate::{
+    Config, Error, LoadFormat, Role,
+    config::CPU_CACHE_MB,
+    convert::Bounds,
+    measure::{self, Measured},
+    shared::Identity,
+};
 use engine::{EngineConfig, EngineHandle, ModelExecutor, StepRecord};
 use kernels::{
     Backend, CudaBackend,
     cpu::{CpuBackend, CpuOptions},
 };
-use kv::{KvDtype, KvLayout};
-use model::{ModelRunner, RunnerOptions};
-use std::sync::Arc;
+use model::{KvSize, ModelRunner, RunnerOptions};
+use std::{sync::Arc, time::Instant};
 use tokio::sync::oneshot;
 
 pub struct Loaded {
@@ -35,24 +40,44 @@ fn start(config: &Config, on_step: impl Fn(StepRecord) + Send + Sync + 'static) 
     match config.backend.as_str() {
         "cuda" => {
             let backend = CudaBackend::new(0).map_err(model::Error::from)?;
-            launch(config, backend, KvDtype::Bf16, on_step)
+            launch(config, backend, KvSize::Share(config.gpu_memory_utilization), on_step)
         }
         _ => {
             let options = CpuOptions { threads: config.threads, ..CpuOptions::default() };
             let backend = CpuBackend::new(options).map_err(model::Error::from)?;
-            launch(config, backend, KvDtype::F32, on_step)
+            launch(config, backend, KvSize::Bytes(CPU_CACHE_MB << 20), on_step)
         }
+    }
+}
+
+/// Measures the model on the backend that the options name.
+pub(crate) fn measure(options: &measure::Options) -> Result<Measured, Error> {
+    let began = Instant::now();
+    match options.backend.as_str() {
+        "cuda" => {
+            let backend = CudaBackend::new(0).map_err(model::Error::from)?;
+            measure::measure(options, backend, began)
+        }
+        "cpu" => {
+            let cpu = CpuOptions { threads: options.threads, ..CpuOptions::default() };
+            let backend = CpuBackend::new(cpu).map_err(model::Error::from)?;
+            measure::measure(options, backend, began)
+        }
+        other => Err(Error::Backend(other.to_owned())),
     }
 }
 
 fn launch<B: Backend>(
     config: &Config,
     backend: B,
-    dtype: KvDtype,
+    kv: KvSize,
     on_step: impl Fn(StepRecord) + Send + Sync + 'static,
 ) -> Result<Loaded, Error> {
-    let options = options(config, dtype)?;
-    let runner = ModelRunner::load(&config.model, backend, options)?;
+    let directory = match config.load_format {
+        LoadFormat::Safetensors => model::check_directory(&config.model)?,
+        LoadFormat::Random => model::random_directory(&config.model, config.seed)?,
+    };
+    let runner = ModelRunner::open(&directory, backend, options(config, kv))?;
     let model = runner.model().clone();
     let executor = ModelExecutor::new(runner, config.debug.fail_step).map_err(Error::Thread)?;
     let engine = engine::spawn(executor, engine_config(config, on_step));
@@ -67,29 +92,16 @@ fn launch<B: Backend>(
     })
 }
 
-fn options(config: &Config, dtype: KvDtype) -> Result<RunnerOptions, Error> {
-    Ok(RunnerOptions {
+/// `kv`: the pool's size, if the configuration names none.
+fn options(config: &Config, kv: KvSize) -> RunnerOptions {
+    let bytes = config.kv_cache_mb.map(|megabytes| KvSize::Bytes(megabytes << 20));
+    RunnerOptions {
         block_tokens: config.block_tokens,
-        blocks: blocks(config, dtype)?,
+        kv: config.kv_blocks.map(KvSize::Blocks).or(bytes).unwrap_or(kv),
         max_sequences: config.max_sequences,
         max_step_tokens: config.max_step_tokens,
         max_context: config.max_context,
         tokenizer_size: None,
-    })
-}
-
-fn blocks(config: &Config, dtype: KvDtype) -> Result<u32, Error> {
-    if let Some(blocks) = config.kv_blocks {
-        return Ok(blocks);
-    }
-    let model = model::check_directory(&config.model)?.config;
-    let row = model.kv_lora_rank + model.rope_dim;
-    let layout = KvLayout { dtype, layers: model.layers, block_tokens: config.block_tokens, row };
-    let (megabytes, block_bytes) = (config.kv_cache_mb, layout.block_bytes());
-    let blocks = (megabytes << 20) / block_bytes as u64;
-    match u32::try_from(blocks) {
-        Ok(blocks @ 1..) => Ok(blocks),
-        _ => Err(Error::Pool { megabytes, blocks, block_bytes }),
     }
 }
 

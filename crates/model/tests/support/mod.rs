@@ -14,7 +14,7 @@ use std::{
 
 pub const OPTIONS: RunnerOptions = RunnerOptions {
     block_tokens: 64,
-    blocks: 64,
+    kv: model::KvSize::Blocks(64),
     max_sequences: 16,
     max_step_tokens: 1024,
     max_context: None,

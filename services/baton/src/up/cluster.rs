@@ -159,6 +159,9 @@ impl Cluster {
                 false => format!("membership.etcd={}", json!(args.etcd)),
             },
         ];
+        // All workers are on one GPU.
+        let workers = args.prefill + args.decode + args.both;
+        set.push(format!("gpu_memory_utilization={}", worker::GPU_SHARE / workers as f32));
         set.extend(args.kv_blocks.map(|blocks| format!("kv_blocks={blocks}")));
         command("worker", set, &args.worker_set)
     }
