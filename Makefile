@@ -1,5 +1,5 @@
 # The commands a newcomer and CI need. `make` alone lists them.
-.PHONY: help up build cuda test lint bench proof-split proof-faults clean
+.PHONY: help up build cuda test test-chart test-images lint bench proof-split proof-faults proof-scale clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -13,9 +13,12 @@ build: ## build the release binary: target/release/baton
 cuda: ## build target/release/baton with the CUDA kernels (installs nvcc if it is absent; needs no GPU)
 	CUDA_HOME=$$(kernels/toolkit) cargo build --release --locked --bin baton --features cuda
 
-test: ## install what tests need and is absent, then run all of them
-	bash tests/install
+test: test-chart ## install what tests need and is absent, then run all of them
 	PATH="$(CURDIR)/target/tools/bin:$$PATH" cargo test --workspace --locked $(ARGS)
+
+test-chart: ## render the Helm chart and hold it against its golden files, the schemas of Kubernetes and the docs
+	bash tests/install
+	PATH="$(CURDIR)/target/tools/bin:$$PATH" target/tools/venv/bin/python tests/chart.py $(ARGS)
 
 lint: ## formatting and clippy, warnings denied
 	cargo fmt --all --check
