@@ -20,6 +20,9 @@ test-chart: ## render the Helm chart and hold it against its golden files, the s
 	bash tests/install
 	PATH="$(CURDIR)/target/tools/bin:$$PATH" target/tools/venv/bin/python tests/chart.py $(ARGS)
 
+test-images: ## build the images and run deploy/compose.yaml on an engine of its own (root; installs docker.io if it is absent)
+	tests/contained tests/images.py
+
 lint: ## formatting and clippy, warnings denied
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
@@ -33,6 +36,9 @@ proof-split: ## split equals whole at full size: 200 prompts in every arrangemen
 proof-faults: ## kill workers and etcd under load, all of etcd gone for a minute
 	bash tests/install
 	BATON_PROOF=faults PATH="$(CURDIR)/target/tools/bin:$$PATH" cargo test --locked -p tests -- faults membership --nocapture
+
+proof-scale: ## containers under load: decode 2 -> 4 -> 1, prefill 2 -> 0 -> 2, no request lost
+	tests/contained tests/scale.py $(or $(RESULT),target/scale.json)
 
 clean: ## remove what was built
 	cargo clean
