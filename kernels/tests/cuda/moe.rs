@@ -204,6 +204,7 @@ fn moe_fp8_of_16384_rows() {
     let found =
         run(&device, &of, &Case { x: &x, chosen: &chosen, weights: &weights, shared: None, tokens: 128 });
     assert!(found.iter().all(|value| value.is_finite()), "every row is written");
+    let (mut some, mut expected) = (Vec::new(), Vec::new());
     for row in support::sampled(rows) {
         let slots = row * TOP_K..(row + 1) * TOP_K;
         let case = Case {
@@ -213,13 +214,10 @@ fn moe_fp8_of_16384_rows() {
             shared: None,
             tokens: 128,
         };
-        assert_close(
-            &found[row * HIDDEN..][..HIDDEN],
-            &of.expected(&case),
-            1e-2,
-            &format!("moe, row {row} of {rows}"),
-        );
+        expected.extend(of.expected(&case));
+        some.extend_from_slice(&found[row * HIDDEN..][..HIDDEN]);
     }
+    assert_close(&some, &expected, 1e-2, "moe, some of 16384 rows");
 }
 
 #[test]

@@ -294,31 +294,53 @@ fn run<B: Watched>(mut backend: B, heads: usize, input: StepInput) -> Vec<Found>
     run.head()
 }
 
-fn compare(heads: usize, entries: &[(u32, u32)], seed: u64) {
+/// Heads, and entries of a step.
+type Case = (usize, Vec<(u32, u32)>);
+
+/// Compares over all cases together: a bf16 result that is rounded the other way may change the scale of the group of 128 that is
+/// quantised next inside of an operation, and with it a tenth of the group by a step of e4m3, which for a single row is much.
+fn compare(cases: &[Case]) {
     let rounding = Rounding::Fp8Activations { ue8m0: false };
-    let cpu = CpuBackend::new(CpuOptions { rounding, ..CpuOptions::default() }).unwrap();
-    let expected = run(cpu, heads, step(entries, seed));
-    let found = run(CudaBackend::new(0).unwrap(), heads, step(entries, seed));
-    assert_eq!(found.len(), expected.len());
-    for ((what, found, tolerance), (_, expected, _)) in found.iter().zip(&expected) {
-        assert_close(found, expected, *tolerance, &format!("{what}, {heads} heads, {entries:?}"));
+    let mut all: Vec<(Found, Vec<f32>)> = Vec::new();
+    for (seed, (heads, entries)) in (1..).zip(cases) {
+        let cpu = CpuBackend::new(CpuOptions { rounding, ..CpuOptions::default() }).unwrap();
+        let expected = run(cpu, *heads, step(entries, seed));
+        let found = run(CudaBackend::new(0).unwrap(), *heads, step(entries, seed));
+        for (index, ((what, found, tolerance), (_, expected, _))) in
+            found.into_iter().zip(expected).enumerate()
+        {
+            assert_close(&found, &expected, 3.0 * tolerance, &format!("{what}, {heads} heads, {entries:?}"));
+            if all.len() == index {
+                all.push(((what, Vec::new(), tolerance), Vec::new()));
+            }
+            all[index].0.1.extend(found);
+            all[index].1.extend(expected);
+        }
+    }
+    for ((what, found, tolerance), expected) in &all {
+        assert_close(found, expected, *tolerance, &format!("{what}, together"));
     }
 }
 
 #[test]
 fn operations_over_decode_steps() {
     let Some(_) = support::device() else { return };
-    compare(4, &[(0, 1)], 1);
-    compare(16, &[(63, 1), (64, 1), (700, 1), (1, 1)], 2);
-    compare(128, &[(130, 1), (511, 1), (999, 1), (64, 1), (5, 1), (0, 1)], 3);
+    compare(&[
+        (4, vec![(0, 1)]),
+        (16, vec![(63, 1), (64, 1), (700, 1), (1, 1)]),
+        (128, vec![(130, 1), (511, 1), (999, 1), (64, 1), (5, 1), (0, 1)]),
+        (64, vec![(17, 1), (300, 1), (2, 1), (128, 1), (700, 1)]),
+    ]);
 }
 
 #[test]
 fn operations_over_prefill_steps() {
     let Some(_) = support::device() else { return };
-    compare(4, &[(0, 257)], 4);
-    compare(16, &[(0, 63), (320, 65), (65, 130), (1000, 1)], 5);
-    compare(64, &[(100, 31), (0, 200)], 6);
+    compare(&[
+        (4, vec![(0, 257)]),
+        (16, vec![(0, 63), (320, 65), (65, 130), (1000, 1)]),
+        (64, vec![(100, 31), (0, 200)]),
+    ]);
 }
 
 #[test]
@@ -326,8 +348,9 @@ fn operations_over_random_steps() {
     let Some(_) = support::device() else { return };
     let mut dice = support::dice(77);
     let mut below = |bound| dice(bound) as u32;
-    for seed in 0..12 {
-        let entries: Vec<_> = (0..1 + below(6)).map(|_| (below(600), 1 + below(100))).collect();
-        compare([4, 8, 20, 64][below(4) as usize], &entries, 100 + seed);
-    }
+    let mut case = || {
+        let entries = (0..1 + below(6)).map(|_| (below(600), 1 + below(100))).collect();
+        ([4, 8, 20, 64][below(4) as usize], entries)
+    };
+    compare(&(0..12).map(|_| case()).collect::<Vec<Case>>());
 }
