@@ -126,7 +126,7 @@ fn check_absorbed(entries: &[(u32, u32)], heads: usize, max_context: u32) {
     let expected = expected_absorbed(&paged, &cache, &query, heads);
     let row = heads * LATENT;
     for (index, (entry, position)) in paged.rows().into_iter().enumerate() {
-        let what = format!("{heads} heads, entry {entry}, position {position}");
+        let what = format!("attend_absorbed, {heads} heads, entry {entry}, position {position}");
         assert_close(&found[index * row..][..row], &expected[index * row..][..row], 1e-2, &what);
     }
     assert!(found[expected.len()..].iter().all(|value| value.is_nan()), "padding is not written");
@@ -261,7 +261,12 @@ fn check_direct(start: u32, rows: u32) {
             let values: Vec<Vec<f32>> = seen.map(|j| of_head(j, &v)).collect();
             let values: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
             let found = &mut found[at * HEAD..][..HEAD];
-            assert_close(found, &weighted(&scores, &values), 1e-2, &format!("start {start}, row {row}"));
+            assert_close(
+                found,
+                &weighted(&scores, &values),
+                1e-2,
+                &format!("attend_direct, start {start}, row {row}"),
+            );
             found.fill(f32::NAN);
         }
     }
