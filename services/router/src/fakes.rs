@@ -419,7 +419,8 @@ fn shared(config: Config) -> Shared {
         prefix_blocks: config.members.prefix_blocks,
     });
     let silence = ms(config.liveness.silence_ms);
-    let channels = Channels::new(channels::Settings { per_address: 2, connect: silence, silence });
+    let settings = channels::Settings { per_address: 2, connect: silence, silence };
+    let channels = Channels::new(settings, Dial::default());
     let admission = Admission::new(cluster.clone(), &config);
     let metrics = Metrics::new(&mut telemetry::Registry::default());
     Shared { config, cluster, admission, channels, metrics, draining: AtomicBool::new(false) }

@@ -18,7 +18,12 @@ mod prefill;
 mod reservations;
 mod serve;
 mod shared;
+pub mod simulated;
 
 pub use config::{BACKENDS, Config, GPU_SHARE, Handoff, Liveness, LoadFormat, Role};
+pub use convert::Bounds;
 pub use error::Error;
-pub use serve::run;
+pub use load::{Loaded, OnStep, engine_config};
+pub use member::Addresses;
+pub use serve::{Place, run, serve};
+pub use shared::Identity;

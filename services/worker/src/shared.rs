@@ -6,7 +6,7 @@ use crate::{
 };
 use engine::{EngineHandle, EngineLoad};
 use kv::{KvLayout, KvMemory};
-use proto::{Error, ErrorCode};
+use proto::{Dial, Error, ErrorCode};
 use std::{future::Future, sync::Arc, time::Duration};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -39,7 +39,13 @@ pub struct Identity {
 }
 
 impl Shared {
-    pub fn new(config: Config, engine: EngineHandle, identity: Identity, metrics: Metrics) -> Self {
+    pub fn new(
+        config: Config,
+        dial: Dial,
+        engine: EngineHandle,
+        identity: Identity,
+        metrics: Metrics,
+    ) -> Self {
         let memory = engine.kv_memory();
         let layout = memory.layout();
         Shared {
@@ -50,7 +56,7 @@ impl Shared {
             weights_fingerprint: identity.weights_fingerprint,
             bounds: identity.bounds,
             reservations: Reservations::new(memory.blocks() as usize),
-            channels: Channels::default(),
+            channels: Channels::new(dial),
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
             calls: watch::Sender::new(()),
