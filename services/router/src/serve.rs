@@ -9,6 +9,7 @@ use crate::{
     config::ms,
     metrics::Metrics,
     policy::Credits,
+    probe,
     service::Service,
 };
 use membership::{Membership, MembershipConfig, RegistryServer, View};
@@ -61,13 +62,13 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
         result = admin::serve(admin, registry, ready, axum::Router::new(), std::future::pending()) => Ok(result?),
         () = follow(&shared, source.watch(), readiness) => Ok(()),
         () = shared.admission.run() => Ok(()),
+        () = probe::run(&shared) => Ok(()),
     }
 }
 
 fn shared(config: Config, registry: &mut Registry) -> Shared {
     let cluster = Cluster::new(cluster::Settings {
         credits: Credits { tokens: config.prefill.tokens, requests: config.prefill.requests },
-        suspect: ms(config.members.suspect_ms),
         refusal: ms(config.members.refusal_ms),
         prefix_blocks: config.members.prefix_blocks,
     });

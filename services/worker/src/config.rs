@@ -78,8 +78,10 @@ pub struct Config {
     pub membership: MembershipConfig,
     pub liveness: Liveness,
     pub handoff: Handoff,
-    /// Longest wait for running sequences when the worker is told to stop.
+    /// When the worker is told to leave: how long running sequences may go on here before they go on elsewhere.
     pub drain_ms: u64,
+    /// After that, how long blocks on offer may wait to be accepted.
+    pub handover_ms: u64,
     pub debug: Debug,
 }
 
@@ -152,6 +154,7 @@ impl Default for Config {
             liveness: Liveness::default(),
             handoff: Handoff::default(),
             drain_ms: 5_000,
+            handover_ms: 2_000,
             debug: Debug::default(),
         }
     }

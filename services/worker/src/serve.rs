@@ -4,6 +4,7 @@ use crate::{
     Config, Error,
     decode::DecodeService,
     deliveries::HandoffService,
+    leave,
     load::{self, Loaded},
     member::{self, Addresses},
     metrics::Metrics,
@@ -14,13 +15,14 @@ use crate::{
 use membership::Membership;
 use proto::{decode_server::DecodeServer, handoff_server::HandoffServer, prefill_server::PrefillServer};
 use std::{future::Future, io::Write, net::SocketAddr, sync::Arc, time::Duration};
-use telemetry::{Readiness, Registry, admin};
+use telemetry::{Readiness, Registry, admin, phase};
 use tokio::{
     net::TcpListener,
     sync::{oneshot, watch},
     task::JoinHandle,
 };
 use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
 
 /// Longest wait for connections to close once nothing runs on them.
 const CLOSE: Duration = Duration::from_millis(500);
@@ -36,7 +38,15 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
     let (ready, readiness) = watch::channel(Readiness::not("loading the model"));
     let (current, pool) = watch::channel(None);
     let Listeners { grpc, admin, addresses } = listeners;
-    let admin = Server::spawn(|stop| admin::serve(admin, registry, readiness, pool::router(pool), stop));
+    let asked = CancellationToken::new();
+    let routes = pool::router(pool).merge(leave::router(asked.clone())).merge(phase::routes());
+    let admin = Server::spawn(|stop| admin::serve(admin, registry, readiness, routes, stop));
+    let shutdown = async {
+        tokio::select! {
+            () = shutdown => {}
+            () = asked.cancelled() => {}
+        }
+    };
     tokio::pin!(shutdown);
     let (shared, model) = tokio::select! {
         loaded = load(config, metrics) => loaded?,
@@ -198,7 +208,10 @@ impl Worker {
         };
         self.ready.send_replace(Readiness::not("leaving the cluster"));
         registration.update(|member| member.draining = true);
-        shared.drain(Duration::from_millis(shared.config.drain_ms)).await;
+        tokio::select! {
+            () = shared.drain() => {}
+            () = member::tell_load(&registration, &shared) => {}
+        }
         registration.leave().await;
         self.server.stop().await;
         outcome
