@@ -9,6 +9,7 @@ use crate::{
     config::ms,
     metrics::Metrics,
     policy::Credits,
+    probe,
     service::{Events, Service},
 };
 use futures::StreamExt;
@@ -362,7 +363,8 @@ pub fn config() -> Config {
     config.queue.timeout_ms = 10_000;
     config.liveness.silence_ms = 400;
     config.liveness.heartbeat_ms = 50;
-    config.members.suspect_ms = 100;
+    config.members.probe_ms = 20;
+    config.members.retry_ms = 20;
     config.members.refusal_ms = 50;
     config
 }
@@ -379,6 +381,8 @@ impl Bench {
         bench.view(&bench.members);
         let admission = bench.shared.admission.clone();
         tokio::spawn(async move { admission.run().await });
+        let shared = bench.shared.clone();
+        tokio::spawn(async move { probe::run(&shared).await });
         bench
     }
 
@@ -414,7 +418,6 @@ impl Bench {
 fn shared(config: Config) -> Shared {
     let cluster = Cluster::new(cluster::Settings {
         credits: Credits { tokens: config.prefill.tokens, requests: config.prefill.requests },
-        suspect: ms(config.members.suspect_ms),
         refusal: ms(config.members.refusal_ms),
         prefix_blocks: config.members.prefix_blocks,
     });

@@ -80,8 +80,10 @@ pub struct Config {
     pub handoff: Handoff,
     /// Time of a step on the backend `sim`.
     pub simulated: simulated::Cost,
-    /// Longest wait for running sequences when the worker is told to stop.
+    /// When the worker is told to leave: how long running sequences may go on here before they go on elsewhere.
     pub drain_ms: u64,
+    /// After that, how long blocks on offer may wait to be accepted.
+    pub handover_ms: u64,
     pub debug: Debug,
 }
 
@@ -159,6 +161,7 @@ impl Default for Config {
             handoff: Handoff::default(),
             simulated: simulated::Cost::default(),
             drain_ms: 5_000,
+            handover_ms: 2_000,
             debug: Debug::default(),
         }
     }

@@ -9,6 +9,7 @@ mod convert;
 mod decode;
 mod deliveries;
 mod error;
+mod leave;
 mod load;
 pub mod measure;
 mod member;
