@@ -9,6 +9,7 @@ mod convert;
 mod decode;
 mod deliveries;
 mod error;
+pub mod handoff_speed;
 mod load;
 pub mod measure;
 mod member;
