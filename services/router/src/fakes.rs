@@ -153,7 +153,7 @@ impl Out<DecodeEvent> {
     }
 
     async fn stuck(&self) {
-        while self.say(D::Heartbeat(Heartbeat { step: 7, working: true })).await {
+        while self.say(D::Heartbeat(Heartbeat { step: 7, working: true, ..Heartbeat::default() })).await {
             sleep(Duration::from_millis(20)).await;
         }
     }
@@ -264,7 +264,7 @@ impl Fake {
                     _ => return None,
                 },
                 Some((of, first)) = commits.recv() => if of == epoch { return Some(first) },
-                _ = pulse.tick() => { out.say(D::Heartbeat(Heartbeat { step: 0, working: false })).await; }
+                _ = pulse.tick() => { out.say(D::Heartbeat(Heartbeat::default())).await; }
             }
         }
     }
@@ -286,6 +286,7 @@ impl Fake {
                 let beat = P::Heartbeat(Heartbeat {
                     step: self.world.next.fetch_add(1, Ordering::Relaxed),
                     working: true,
+                    ..Heartbeat::default()
                 });
                 if !say(beat).await {
                     return;

@@ -101,6 +101,9 @@ pub struct Liveness {
     pub silence_ms: u64,
     /// How long a reservation waits for a delivery to open, or for the router after one was lost.
     pub reservation_ms: u64,
+    /// How long a block's bytes may take to land. A block into which something still writes when its reservation ends
+    /// is quarantined; over RDMA for at most this long, then what writes is destroyed.
+    pub landing_ms: u64,
     /// A router that takes no event for this long is given up.
     pub stalled_ms: u64,
 }
@@ -159,7 +162,13 @@ impl Default for Config {
 
 impl Default for Liveness {
     fn default() -> Self {
-        Liveness { heartbeat_ms: 1_000, silence_ms: 10_000, reservation_ms: 30_000, stalled_ms: 30_000 }
+        Liveness {
+            heartbeat_ms: 1_000,
+            silence_ms: 10_000,
+            reservation_ms: 30_000,
+            landing_ms: 10_000,
+            stalled_ms: 30_000,
+        }
     }
 }
 
@@ -185,6 +194,7 @@ impl Config {
             ("kv_blocks", self.kv_blocks.map_or(1, u64::from)),
             ("kv_cache_mb", self.kv_cache_mb.unwrap_or(1)),
             ("liveness.heartbeat_ms", self.liveness.heartbeat_ms),
+            ("liveness.landing_ms", self.liveness.landing_ms),
             ("handoff.tries", u64::from(self.handoff.tries)),
         ] {
             if value == 0 {
@@ -225,6 +235,7 @@ impl Config {
         Patience {
             silence: Duration::from_millis(self.liveness.silence_ms),
             delivery: Duration::from_millis(self.liveness.reservation_ms),
+            landing: Duration::from_millis(self.liveness.landing_ms),
         }
     }
 

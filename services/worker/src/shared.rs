@@ -76,7 +76,12 @@ impl Shared {
     /// A running sequence means that steps follow each other; a waiting one may wait for blocks that others hold.
     pub fn heartbeat(&self) -> proto::Heartbeat {
         let load = self.load();
-        proto::Heartbeat { step: load.step, working: load.running > 0 }
+        let longest = load.longest_step.as_millis();
+        proto::Heartbeat {
+            step: load.step,
+            working: load.running > 0,
+            longest_step_ms: u32::try_from(longest).unwrap_or(u32::MAX),
+        }
     }
 
     pub fn heartbeat_every(&self) -> Duration {
