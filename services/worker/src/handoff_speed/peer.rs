@@ -170,14 +170,16 @@ impl Table {
             bindings: names(&*memory),
             present: 0,
             weights_fingerprint: WEIGHTS,
-            patience: Patience { silence: PATIENCE, delivery: PATIENCE },
+            patience: Patience { silence: PATIENCE, delivery: PATIENCE, landing: PATIENCE },
         };
         let (mut incoming, inbox) = Incoming::new(plan, memory, || 0);
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(inbox);
         say(&Said::Ready)?;
         let outcome = incoming.run().await;
         let seconds = incoming.received().elapsed.as_secs_f64();
-        incoming.close().await;
+        if let Some(unsettled) = incoming.close() {
+            unsettled.settle().await;
+        }
         match outcome {
             Outcome::Complete(_) => Ok(seconds),
             other => Err(failed(format!("the delivery ended as {other:?}"))),
