@@ -15,7 +15,7 @@ use crate::{
 use futures::StreamExt;
 use membership::View;
 use proto::{
-    DecodeCall, DecodeEvent, Error, ErrorCode, FinishReason, GenerateRequest, Heartbeat, Load, Member,
+    DecodeCall, DecodeEvent, Dial, Error, ErrorCode, FinishReason, GenerateRequest, Heartbeat, Load, Member,
     PrefillEvent, PrefillRequest, Role, Sampling, Sequence, Stop, Token, decode_call::Call,
     decode_event::Event as D, decode_server, generate_event::Event, prefill_event::Event as P,
     prefill_server, router_server::Router as _,

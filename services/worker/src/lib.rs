@@ -9,7 +9,11 @@ mod convert;
 mod decode;
 mod deliveries;
 mod error;
+<<<<<<< HEAD
 mod leave;
+=======
+pub mod handoff_speed;
+>>>>>>> nixl
 mod load;
 pub mod measure;
 mod member;
