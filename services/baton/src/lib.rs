@@ -2,8 +2,10 @@
 
 mod bench;
 mod bench_engine;
+mod bench_handoff;
 mod demo;
 mod http;
+mod machine;
 mod serve;
 mod settings;
 mod status;
@@ -36,6 +38,8 @@ enum Command {
     Bench(bench::Args),
     /// Measure the model alone, with random weights: time of a step, share of what the GPU could do
     BenchEngine(bench_engine::Args),
+    /// Measure the hand-off alone: KV blocks between two processes, beside what this machine can do
+    BenchHandoff(bench_handoff::Args),
 }
 
 pub fn main() -> ExitCode {
@@ -66,6 +70,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status(args) => status::run(args),
         Command::Bench(args) => bench::run(args),
         Command::BenchEngine(args) => bench_engine::run(args),
+        Command::BenchHandoff(args) => bench_handoff::run(args),
     }
 }
 
