@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, fs, path::Path};
 
 /// Keys that the chart sets itself, from values of its own.
 const GATEWAY_OWN: &[&str] = &["listen", "admin", "routers", "model_dir", "timeouts.drain_ms"];
-const ROUTER_OWN: &[&str] = &["listen", "admin", "etcd", "prefix", "lease_ms", "drain_ms"];
+const ROUTER_OWN: &[&str] = &["listen", "admin", "etcd", "etcd_tls", "prefix", "lease_ms", "drain_ms"];
 const WORKER_OWN: &[&str] = &[
     "role",
     "backend",
@@ -33,7 +33,9 @@ fn chart_configuration_is_what_the_services_take() {
             let outcome = match name {
                 "gateway.toml" => parse::<gateway::Config>(&toml).and_then(|config| config.check()),
                 "router.toml" => parse::<router::Config>(&toml).and_then(|config| config.check()),
-                "worker.toml" => parse(&toml).and_then(|config| advertised(config, &text).check().map_err(text_of)),
+                "worker.toml" => {
+                    parse(&toml).and_then(|config| advertised(config, &text).check().map_err(text_of))
+                }
                 other => Err(format!("no service reads {other}")),
             };
             assert_eq!(outcome, Ok(()), "{}: {name}:\n{toml}", golden.display());
@@ -81,7 +83,10 @@ fn offers<T: DeserializeOwned>(schema: &Value, definition: &str, own: &[&str]) {
             None => drop(offered.insert(key.clone())),
         }
     }
-    assert_eq!(offered, known, "left: what helm/values.schema.json offers as {definition}, and what the chart sets itself");
+    assert_eq!(
+        offered, known,
+        "left: what helm/values.schema.json offers as {definition}, and what the chart sets itself"
+    );
 }
 
 /// Keys of a table of a service's configuration, which it lists when it meets one that it does not know.
@@ -113,7 +118,9 @@ fn advertised(mut config: worker::Config, golden: &str) -> worker::Config {
 fn goldens() -> Vec<std::path::PathBuf> {
     let folder = root().join("tests/chart/golden");
     let files = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
-    files.filter(|path: &std::path::PathBuf| path.extension() == Some(Path::new("yaml").as_os_str())).collect()
+    files
+        .filter(|path: &std::path::PathBuf| path.extension() == Some(Path::new("yaml").as_os_str()))
+        .collect()
 }
 
 /// Name and text of every TOML file in a ConfigMap: a block of lines, indented by four.
