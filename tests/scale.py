@@ -7,6 +7,7 @@ must end with the exact answer; the figures go to a file, by phase.
 import datetime
 import http.client
 import json
+import os
 import statistics
 import sys
 import threading
@@ -17,15 +18,16 @@ from containers import BATON, ROOT, URL, Engine, get, until
 CLIENTS = 8
 STEADY = 15
 EMPTY = 10
+STEADY_PHASE = "steady, 2 prefill and 2 decode"
 
 
 class Load:
     """Clients that ask one question after the other, streaming, and never try again. Three of four have a golden answer; the fourth is asked
     for 300 tokens whatever it says, and must say what it said the first time: on CPUs an answer does not depend on who computes it."""
 
-    def __init__(self):
+    def __init__(self, phase):
         self.golden = [json.loads(line) for line in (ROOT / "deploy/demo/golden.jsonl").read_text().splitlines()]
-        self.phase, self.records, self.stopping, self.turn, self.long = "", [], False, iter(range(10**9)), {}
+        self.phase, self.records, self.stopping, self.turn, self.long = phase, [], False, iter(range(10**9)), {}
         self.lock = threading.Lock()
         self.threads = [threading.Thread(target=self.client) for _ in range(CLIENTS)]
         for thread in self.threads:
@@ -152,21 +154,21 @@ def summary(records, notes):
 
 
 def main():
-    notes = {}
+    notes, busy = {}, os.getloadavg()[0]
     with Engine() as engine:
         engine.build()
         engine.start()
         until("four workers", lambda: len(members("prefill")) == 2 == len(members("decode")))
-        load = Load()
+        load = Load(STEADY_PHASE)
         try:
-            scaled("decode", 2, lambda: 0, load, "steady, 2 prefill and 2 decode", notes)
+            time.sleep(STEADY)
             scaled("decode", 4, lambda: [worker(engine, name) for name in ("decode-3", "decode-4")] and 0, load, "decode 2 -> 4", notes)
             scaled("decode", 1, lambda: stop(engine, ["decode-1", "decode-2", "decode-3"]), load, "decode 4 -> 1", notes)
             empty(engine, load, notes)
         finally:
             load.stop()
     phases = summary(load.records, notes)
-    result = {"date": datetime.date.today().isoformat(), "clients": CLIENTS, "phases": phases}
+    result = {"date": datetime.date.today().isoformat(), "clients": CLIENTS, "machine_load_before": round(busy, 1), "phases": phases}
     if sys.argv[1:]:
         (ROOT / sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
