@@ -3,7 +3,7 @@
 
 use kernels::{
     Logprobs, SampledToken, Sampling,
-    cpu::{self, Count, History, Row},
+    cpu::{self, History, Row},
 };
 
 /// Tokens that stand out of the others at each position.
