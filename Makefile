@@ -1,5 +1,5 @@
 # The commands a newcomer and CI need. `make` alone lists them.
-.PHONY: help up build cuda test lint bench proof-split proof-faults clean
+.PHONY: help up build cuda test lint bench proof-split proof-faults proof-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ proof-split: ## split equals whole at full size: 200 prompts in every arrangemen
 proof-faults: ## kill workers and etcd under load, all of etcd gone for a minute
 	bash tests/install
 	BATON_PROOF=faults PATH="$(CURDIR)/target/tools/bin:$$PATH" cargo test --locked -p tests -- faults membership --nocapture
+
+proof-model: ## model check the hand-off at larger bounds (minutes, about 1 GB)
+	BATON_PROOF=model cargo test --locked -p handoff --test protocol -- --nocapture --test-threads=1
 
 clean: ## remove what was built
 	cargo clean
