@@ -38,21 +38,17 @@ const USUAL: [(&str, Bounds); 6] = [
     ),
 ];
 
-const LARGER: [(&str, Bounds); 5] = [
-    (
-        "two epochs, a message lost, one copied, one damaged",
-        Bounds { offers: 2, faults: Faults { losses: 1, copies: 1, damages: 1, ..NONE }, ..EPOCHS },
-    ),
-    (
-        "two epochs, a crash and a write that hangs",
-        Bounds { offers: 2, faults: Faults { crashes: 1, hangs: 1, ..NONE }, ..EPOCHS },
-    ),
+/// From the smallest to the largest.
+const LARGER: [(&str, Bounds); 6] = [
+    ("two epochs, bytes damaged", Bounds { offers: 2, faults: Faults { damages: 1, ..NONE }, ..EPOCHS }),
+    ("two epochs, a write that hangs", Bounds { faults: Faults { hangs: 1, ..NONE }, ..EPOCHS }),
+    ("two placements, a worker crashed", Bounds { faults: Faults { crashes: 1, ..NONE }, ..PLACEMENTS }),
     ("two epochs of two blocks", Bounds { blocks: 2, ..EPOCHS }),
-    ("two placements of two epochs", Bounds { prefills: 2, ..PLACEMENTS }),
     (
-        "two placements, a crash and a copy",
-        Bounds { faults: Faults { crashes: 1, copies: 1, ..NONE }, ..PLACEMENTS },
+        "two epochs, a message lost and one copied",
+        Bounds { faults: Faults { losses: 1, copies: 1, ..NONE }, ..EPOCHS },
     ),
+    ("two placements of two epochs", Bounds { prefills: 2, ..PLACEMENTS }),
 ];
 
 /// Explores all of it; what was reached of what must be reached somewhere.
