@@ -200,7 +200,7 @@ async fn leaving_in_any_phase_leaves_nothing_behind() {
                 drop(decoding);
                 let error = prefilling.end().await.expect_err("nobody takes the blocks");
                 assert!(
-                    matches!(error.code(), ErrorCode::Cancelled | ErrorCode::UnknownReservation),
+                    matches!(error.code(), ErrorCode::PeerLost | ErrorCode::UnknownReservation),
                     "{error}"
                 );
             }
