@@ -157,7 +157,8 @@ impl<E: Event + Send + 'static> Listening<E> {
 
     fn beat(&mut self, beat: &Heartbeat) -> Result<(), Failure> {
         let now = self.since.elapsed();
-        self.liveness.heartbeat(beat.step, beat.working, now);
+        let longest = Duration::from_millis(beat.longest_step_ms.into());
+        self.liveness.heartbeat(beat.step, beat.working, longest, now);
         match self.liveness.verdict(now) {
             Verdict::Stuck => Err(self.lost(ErrorCode::WorkerLost, "has work, but its engine stands still")),
             Verdict::Alive | Verdict::Silent => Ok(()),

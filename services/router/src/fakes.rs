@@ -15,7 +15,7 @@ use crate::{
 use futures::StreamExt;
 use membership::View;
 use proto::{
-    DecodeCall, DecodeEvent, Error, ErrorCode, FinishReason, GenerateRequest, Heartbeat, Load, Member,
+    DecodeCall, DecodeEvent, Dial, Error, ErrorCode, FinishReason, GenerateRequest, Heartbeat, Load, Member,
     PrefillEvent, PrefillRequest, Role, Sampling, Sequence, Stop, Token, decode_call::Call,
     decode_event::Event as D, decode_server, generate_event::Event, prefill_event::Event as P,
     prefill_server, router_server::Router as _,
@@ -154,7 +154,7 @@ impl Out<DecodeEvent> {
     }
 
     async fn stuck(&self) {
-        while self.say(D::Heartbeat(Heartbeat { step: 7, working: true })).await {
+        while self.say(D::Heartbeat(Heartbeat { step: 7, working: true, ..Heartbeat::default() })).await {
             sleep(Duration::from_millis(20)).await;
         }
     }
@@ -265,7 +265,7 @@ impl Fake {
                     _ => return None,
                 },
                 Some((of, first)) = commits.recv() => if of == epoch { return Some(first) },
-                _ = pulse.tick() => { out.say(D::Heartbeat(Heartbeat { step: 0, working: false })).await; }
+                _ = pulse.tick() => { out.say(D::Heartbeat(Heartbeat::default())).await; }
             }
         }
     }
@@ -287,6 +287,7 @@ impl Fake {
                 let beat = P::Heartbeat(Heartbeat {
                     step: self.world.next.fetch_add(1, Ordering::Relaxed),
                     working: true,
+                    ..Heartbeat::default()
                 });
                 if !say(beat).await {
                     return;
@@ -421,7 +422,8 @@ fn shared(config: Config) -> Shared {
         prefix_blocks: config.members.prefix_blocks,
     });
     let silence = ms(config.liveness.silence_ms);
-    let channels = Channels::new(channels::Settings { per_address: 2, connect: silence, silence });
+    let settings = channels::Settings { per_address: 2, connect: silence, silence };
+    let channels = Channels::new(settings, Dial::default());
     let admission = Admission::new(cluster.clone(), &config);
     let metrics = Metrics::new(&mut telemetry::Registry::default());
     Shared { config, cluster, admission, channels, metrics, draining: AtomicBool::new(false) }

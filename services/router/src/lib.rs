@@ -21,7 +21,7 @@ mod serve;
 mod service;
 
 pub use config::{Config, Liveness, Members, Prefill, Queue};
-pub use serve::run;
+pub use serve::{Router, run};
 
 use std::{
     net::SocketAddr,

@@ -73,7 +73,7 @@ impl<'a> Placed<'a> {
         let Reserved { offer, decode, first } = reserved;
         Placed {
             life,
-            machine: Placement::new(PREFILLS, None),
+            machine: Placement::new(PREFILLS),
             opening: Some(first),
             decode,
             here: offer.grant.prefill.member.id == offer.grant.decode.member.id,
@@ -328,9 +328,7 @@ impl<'a> Placed<'a> {
             (End::Preempted, _) => Ending::Elsewhere(self.cause.unwrap_or("preempted")),
             (End::PrefillLost, _) => Ending::Elsewhere(self.cause.unwrap_or("prefill_lost")),
             (End::DecodeLost, _) => Ending::Elsewhere("decode_lost"),
-            (End::Finished | End::Cancelled | End::Protocol, _) => {
-                self.protocol("a message out of its place")
-            }
+            (End::Finished | End::Protocol, _) => self.protocol("a message out of its place"),
         }
     }
 

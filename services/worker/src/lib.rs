@@ -9,7 +9,11 @@ mod convert;
 mod decode;
 mod deliveries;
 mod error;
+<<<<<<< HEAD
 mod leave;
+=======
+pub mod handoff_speed;
+>>>>>>> nixl
 mod load;
 pub mod measure;
 mod member;
@@ -19,7 +23,12 @@ mod prefill;
 mod reservations;
 mod serve;
 mod shared;
+pub mod simulated;
 
 pub use config::{BACKENDS, Config, GPU_SHARE, Handoff, Liveness, LoadFormat, Role};
+pub use convert::Bounds;
 pub use error::Error;
-pub use serve::run;
+pub use load::{Loaded, OnStep, engine_config};
+pub use member::Addresses;
+pub use serve::{Place, run, serve};
+pub use shared::Identity;

@@ -6,7 +6,7 @@ use crate::{
 };
 use engine::{EngineHandle, EngineLoad};
 use kv::{KvLayout, KvMemory};
-use proto::{Error, ErrorCode};
+use proto::{Dial, Error, ErrorCode};
 use std::{future::Future, sync::Arc, time::Duration};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -41,7 +41,13 @@ pub struct Identity {
 }
 
 impl Shared {
-    pub fn new(config: Config, engine: EngineHandle, identity: Identity, metrics: Metrics) -> Self {
+    pub fn new(
+        config: Config,
+        dial: Dial,
+        engine: EngineHandle,
+        identity: Identity,
+        metrics: Metrics,
+    ) -> Self {
         let memory = engine.kv_memory();
         let layout = memory.layout();
         Shared {
@@ -52,7 +58,7 @@ impl Shared {
             weights_fingerprint: identity.weights_fingerprint,
             bounds: identity.bounds,
             reservations: Reservations::new(memory.blocks() as usize),
-            channels: Channels::default(),
+            channels: Channels::new(dial),
             draining: CancellationToken::new(),
             moving: CancellationToken::new(),
             stopping: CancellationToken::new(),
@@ -79,7 +85,12 @@ impl Shared {
     /// A running sequence means that steps follow each other; a waiting one may wait for blocks that others hold.
     pub fn heartbeat(&self) -> proto::Heartbeat {
         let load = self.load();
-        proto::Heartbeat { step: load.step, working: load.running > 0 }
+        let longest = load.longest_step.as_millis();
+        proto::Heartbeat {
+            step: load.step,
+            working: load.running > 0,
+            longest_step_ms: u32::try_from(longest).unwrap_or(u32::MAX),
+        }
     }
 
     pub fn heartbeat_every(&self) -> Duration {
