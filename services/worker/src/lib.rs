@@ -9,11 +9,8 @@ mod convert;
 mod decode;
 mod deliveries;
 mod error;
-<<<<<<< HEAD
-mod leave;
-=======
 pub mod handoff_speed;
->>>>>>> nixl
+mod leave;
 mod load;
 pub mod measure;
 mod member;
