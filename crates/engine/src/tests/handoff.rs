@@ -167,8 +167,10 @@ async fn offers_hold_blocks_until_released_and_others_wait_for_them() {
 
 #[tokio::test]
 async fn blocks_that_are_being_written_into_are_nobodys_when_their_reservation_ends() {
-    let fake = Fake { blocks: 10, ..Fake::default() };
-    let engine = start(&fake, EngineConfig { prefix_cache: false, ..role(Role::Decode) });
+    let engine = start(
+        SimOptions { blocks: 10, ..taking(1) },
+        EngineConfig { prefix_cache: false, ..role(Role::Decode) },
+    );
     let reservation = engine.reserve(spec(prompt(1, 38), 2)).await.expect("room");
     assert_eq!(reservation.blocks.len(), 10);
     let quarantine = reservation.quarantine(vec![3, 7]).await;
