@@ -1,5 +1,6 @@
 mod api;
 mod dependencies;
+mod fault_table;
 mod faults;
 mod golden;
 mod membership;

@@ -96,7 +96,8 @@ mod tests {
 
     #[test]
     fn a_member_is_named_by_a_beginning_that_only_it_has() {
-        let status = serde_json::json!({"members": [{"id": "decode-1a"}, {"id": "decode-1b"}, {"id": "prefill-1"}]});
+        let status =
+            serde_json::json!({"members": [{"id": "decode-1a"}, {"id": "decode-1b"}, {"id": "prefill-1"}]});
         assert_eq!(find(&status, "prefill").unwrap()["id"], "prefill-1");
         assert_eq!(find(&status, "decode-1b").unwrap()["id"], "decode-1b");
         assert!(find(&status, "decode-1").unwrap_err().to_string().contains("2 members"));

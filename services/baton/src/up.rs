@@ -90,7 +90,10 @@ fn check(args: &Args) -> anyhow::Result<()> {
         );
     }
     if args.routers == 0 || args.routers > 1 && args.etcd.is_empty() {
-        bail!("--routers {}: at least one, and --etcd URL for more than one to see the same members", args.routers);
+        bail!(
+            "--routers {}: at least one, and --etcd URL for more than one to see the same members",
+            args.routers
+        );
     }
     if !worker::BACKENDS.contains(&args.backend.as_str()) {
         bail!("--backend {}: this build of baton computes on: {}", args.backend, worker::BACKENDS.join(", "));

@@ -300,10 +300,7 @@ or from Python (pip install openai):
 }
 
 /// The error of the first service to die.
-async fn died(
-    gateway: &mut Option<Child>,
-    others: impl Iterator<Item = &mut Service>,
-) -> anyhow::Error {
+async fn died(gateway: &mut Option<Child>, others: impl Iterator<Item = &mut Service>) -> anyhow::Error {
     let children = gateway.iter_mut().chain(others.map(|service| &mut service.child));
     select_all(children.map(|child| Box::pin(child.died()))).await.0
 }

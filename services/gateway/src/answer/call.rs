@@ -87,8 +87,7 @@ impl Running {
             return Err(proto::Error::new(ErrorCode::WorkerLost, message));
         }
         self.resumes += 1;
-        let (first, events) =
-            self.call.upstream.resume(&self.call.request, &self.call.trace, &lost).await?;
+        let (first, events) = self.call.upstream.resume(&self.call.request, &self.call.trace, &lost).await?;
         self.events = Some(events);
         self.take(first)
     }

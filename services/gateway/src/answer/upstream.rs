@@ -97,7 +97,8 @@ impl Upstream {
                 }
             };
             if Instant::now() > deadline {
-                let message = format!("the router was lost in the middle of the answer ({lost}), and {problem}");
+                let message =
+                    format!("the router was lost in the middle of the answer ({lost}), and {problem}");
                 return Err(proto::Error::new(ErrorCode::WorkerLost, message));
             }
             sleep(LOOK_AGAIN).await;
