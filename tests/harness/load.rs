@@ -38,13 +38,13 @@ pub struct Question {
 pub fn bodies(streams: usize) -> Vec<Map<String, Value>> {
     let one = |n: usize| {
         let mut body = json!({
-            "model": "baton-demo", "prompt": golden::prose(90 + 9 * n, n), "max_tokens": 60,
+            "model": "baton-demo", "prompt": golden::prose(40 + 4 * n, n), "max_tokens": 120,
             "temperature": 0, "ignore_eos": true, "logprobs": 2, "return_tokens_as_token_ids": true,
         });
         let kind = match n % 8 {
             1 | 5 => json!({"temperature": 0.8, "top_p": 0.95, "seed": n}),
-            2 => json!({"temperature": 1.0, "seed": n, "n": 2, "max_tokens": 30}),
-            3 => json!({"stop": ["the ", "`;"], "max_tokens": 90}),
+            2 => json!({"temperature": 1.0, "seed": n, "n": 2, "max_tokens": 60}),
+            3 => json!({"stop": ["the ", "`;"]}),
             4 => json!({"echo": true}),
             6 => json!({"frequency_penalty": 0.5, "presence_penalty": 0.2}),
             7 => json!({"temperature": 0.7, "seed": n, "stop": [" a"], "min_tokens": 20}),

@@ -1,5 +1,6 @@
 mod api;
 mod dependencies;
+mod drain;
 mod fault_table;
 mod faults;
 mod golden;
