@@ -153,83 +153,61 @@ fn name(case: Fault) -> (String, &'static str) {
     }
 }
 
-/// Does it. When, and how many requests were in flight then.
+/// Does it, and lets it last. When, and how many requests were in flight then.
 async fn inject(cluster: &mut Deployment, load: &Load, case: Fault) -> (Instant, usize) {
-    let struck = |load: &Load| (Instant::now(), load.in_flight());
     match case {
-        Fault::None => {
-            let struck = struck(load);
-            sleep(Duration::from_secs(5)).await;
-            struck
-        }
-        Fault::Kill(role, phase) => {
-            let victim = victim(cluster, role).await;
-            let at = strike(cluster, load, &victim, phase, Signal::KILL).await;
-            release(cluster, phase, &victim).await;
-            at
-        }
-        Fault::Stop(role, phase) => {
-            let victim = victim(cluster, role).await;
-            let at = strike(cluster, load, &victim, phase, Signal::STOP).await;
-            release(cluster, phase, &victim).await;
-            at
-        }
-        Fault::Cut(from, to) => {
-            let router = cluster.active_router().await.name.clone();
-            let named = |name: &'static str| if name == "router" { router.as_str() } else { name };
-            cluster.service(named(to)).host.drop_from(&cluster.service(named(from)).host);
-            let struck = struck(load);
-            // Long enough for new requests to meet it too.
-            sleep(Duration::from_secs(8)).await;
-            struck
-        }
-        Fault::Loss => {
-            cluster.services().for_each(|service| service.host.lose_packets());
-            let struck = struck(load);
-            sleep(Duration::from_secs(15)).await;
-            struck
-        }
-        Fault::EtcdLeader => {
-            let leader = cluster.etcd.leader().unwrap_or(0);
-            cluster.etcd.kill(leader);
-            let struck = struck(load);
-            sleep(Duration::from_secs(8)).await;
-            struck
-        }
-        Fault::EtcdAll(time) => {
-            cluster.etcd.kill_all();
-            let struck = struck(load);
-            sleep(time / 2).await;
-            // It has to wait with its join; its former self must not be taken for it.
-            cluster.service_mut("decode-2").start_again();
-            sleep(time / 2).await;
-            struck
-        }
-        Fault::Workers => {
-            let struck = struck(load);
-            for name in ["prefill-1", "decode-1", "prefill-2", "decode-2"] {
-                replace(cluster, name, Signal::TERM).await;
-            }
-            struck
-        }
-        Fault::Routers => {
-            let struck = struck(load);
-            for name in ["router-1", "router-2"] {
-                replace(cluster, name, Signal::TERM).await;
-            }
-            struck
-        }
+        Fault::Kill(role, phase) => return strike(cluster, load, role, phase, Signal::KILL).await,
+        Fault::Stop(role, phase) => return strike(cluster, load, role, phase, Signal::STOP).await,
+        _ => {}
+    }
+    let struck = (Instant::now(), load.in_flight());
+    match case {
+        Fault::Cut(from, to) => cut(cluster, from, to).await,
+        Fault::Loss => cluster.services().for_each(|service| service.host.lose_packets()),
+        Fault::EtcdLeader => cluster.etcd.kill(cluster.etcd.leader().unwrap_or(0)),
+        Fault::EtcdAll(time) => etcd_gone(cluster, time).await,
+        Fault::Workers => replace(cluster, &["prefill-1", "decode-1", "prefill-2", "decode-2"]).await,
+        Fault::Routers => replace(cluster, &["router-1", "router-2"]).await,
+        Fault::None | Fault::Kill(..) | Fault::Stop(..) => {}
+    }
+    sleep(lasting(case)).await;
+    struck
+}
+
+/// Long enough for new requests to meet it too.
+fn lasting(case: Fault) -> Duration {
+    match case {
+        Fault::Cut(..) | Fault::EtcdLeader => Duration::from_secs(8),
+        Fault::Loss => Duration::from_secs(15),
+        Fault::None => Duration::from_secs(5),
+        _ => Duration::ZERO,
     }
 }
 
-/// In good order: its end says success.
-async fn replace(cluster: &mut Deployment, name: &str, signal: Signal) {
-    let service = cluster.service_mut(name);
-    service.signal(signal);
-    let status = service.ended().await;
-    assert!(status.success(), "{name} ended with {status}");
-    service.start_again();
-    cluster.whole().await;
+async fn cut(cluster: &Deployment, from: &str, to: &str) {
+    let router = cluster.active_router().await;
+    let named = |name: &str| if name == "router" { router } else { cluster.service(name) };
+    named(to).host.drop_from(&named(from).host);
+}
+
+/// A worker that starts meanwhile has to wait with its join; its former self must not be taken for it.
+async fn etcd_gone(cluster: &mut Deployment, time: Duration) {
+    cluster.etcd.kill_all();
+    sleep(time / 2).await;
+    cluster.service_mut("decode-2").start_again();
+    sleep(time / 2).await;
+}
+
+/// One after another and in good order: their ends say success.
+async fn replace(cluster: &mut Deployment, names: &[&str]) {
+    for name in names {
+        let service = cluster.service_mut(name);
+        service.signal(Signal::TERM);
+        let status = service.ended().await;
+        assert!(status.success(), "{name} ended with {status}");
+        service.start_again();
+        cluster.whole().await;
+    }
 }
 
 async fn victim(cluster: &Deployment, role: Role) -> String {
@@ -240,33 +218,39 @@ async fn victim(cluster: &Deployment, role: Role) -> String {
     }
 }
 
-/// Signals the victim while requests are held in `phase`: its own, or those that it shares.
+/// Signals a process of `role` while requests are held in `phase`, then lets them go.
 async fn strike(
     cluster: &Deployment,
     load: &Load,
-    victim: &str,
+    role: Role,
     phase: &str,
     signal: Signal,
 ) -> (Instant, usize) {
+    let victim = victim(cluster, role).await;
     let holders = holders(cluster, phase);
     for holder in &holders {
         holder.hold(phase, true).await;
     }
+    until_held(&holders, phase).await;
+    cluster.service(&victim).signal(signal);
+    let struck = (Instant::now(), load.in_flight());
+    release(cluster, phase, &victim).await;
+    struck
+}
+
+async fn until_held(holders: &[&Service], phase: &str) {
     let deadline = Instant::now() + RECOVERY;
-    let enough = |held: &[u64]| held.iter().all(|held| *held > 0) && held.iter().sum::<u64>() >= 4;
     loop {
         let mut held = Vec::new();
-        for holder in &holders {
+        for holder in holders {
             held.push(holder.held(phase).await);
         }
-        if enough(&held) {
-            break;
+        if held.iter().all(|held| *held > 0) && held.iter().sum::<u64>() >= 4 {
+            return;
         }
         assert!(Instant::now() < deadline, "no requests come into the phase {phase}: {held:?}");
         sleep(Duration::from_millis(5)).await;
     }
-    cluster.service(victim).signal(signal);
-    (Instant::now(), load.in_flight())
 }
 
 /// A stopped process lets go when it goes on; see [`restore`].
