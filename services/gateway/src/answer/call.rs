@@ -4,16 +4,13 @@
 
 use super::choice::{self, Choice, Scored, Step};
 use super::generation::Event;
-use super::upstream::{Break, Events, Upstream};
+use super::upstream::{Break, Events, LOSSES, Upstream};
 use futures::Stream;
 use proto::generate_event::Event as Reply;
 use proto::{ErrorCode, GenerateRequest, PromptLogprob, Token};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use telemetry::trace::TraceContext;
-
-/// Routers that one answer may outlive: a request that kills its routers must end.
-const RESUMES: u32 = 3;
 
 pub struct Call {
     pub upstream: Arc<Upstream>,
@@ -82,12 +79,13 @@ impl Running {
 
     async fn resume(&mut self, lost: String) -> Result<(), proto::Error> {
         self.events = None;
-        if self.resumes == RESUMES {
-            let message = format!("{RESUMES} routers were lost in the middle of the answer, then {lost}");
+        if self.resumes == LOSSES {
+            let message = format!("{LOSSES} routers were lost in the middle of the answer, then {lost}");
             return Err(proto::Error::new(ErrorCode::WorkerLost, message));
         }
         self.resumes += 1;
-        let (first, events) = self.call.upstream.resume(&self.call.request, &self.call.trace, &lost).await?;
+        let resumed = self.call.upstream.resume(&self.call.request, &self.call.trace, &lost).await;
+        let (first, events) = resumed.map_err(in_the_middle)?;
         self.events = Some(events);
         self.take(first)
     }
@@ -212,6 +210,14 @@ impl Echo {
                 "the router sent a prompt logprob for position {position} that does not belong there"
             ))),
         }
+    }
+}
+
+/// An answer that has begun cannot be asked for again.
+fn in_the_middle(error: proto::Error) -> proto::Error {
+    match error.code() {
+        ErrorCode::NoMembers => proto::Error::new(ErrorCode::WorkerLost, error.message),
+        _ => error,
     }
 }
 

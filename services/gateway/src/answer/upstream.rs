@@ -44,11 +44,16 @@ struct Router {
 enum Failure {
     /// Another router may do.
     Unreachable(String),
+    /// It had taken the request and then went away.
+    Lost(String),
     Refused(proto::Error),
 }
 
 /// A status is quick to give.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Routers that one request may lose before it ends: it may be what kills them.
+pub const LOSSES: u32 = 3;
 
 /// Between looks for a router that goes on with an answer.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -77,29 +82,35 @@ impl Upstream {
         request: &GenerateRequest,
         trace: &TraceContext,
     ) -> Result<(Event, Events), proto::Error> {
-        self.open_anywhere(request, trace).await.map_err(Failure::into)
+        match self.open_anywhere(request, trace).await {
+            Err(Failure::Lost(problem)) => self.resume(request, trace, &problem).await,
+            other => other.map_err(Failure::into),
+        }
     }
 
-    /// The same for a request that has begun: waits a while for a router. `lost`: what became of the former.
+    /// The same for a request that a router had taken: waits a while for another. `lost`: what became of the former.
     pub async fn resume(
         &self,
         request: &GenerateRequest,
         trace: &TraceContext,
         lost: &str,
     ) -> Result<(Event, Events), proto::Error> {
-        let deadline = Instant::now() + self.resume;
+        let (deadline, mut losses) = (Instant::now() + self.resume, 0);
         loop {
             let problem = match self.open_anywhere(request, trace).await {
                 Err(Failure::Unreachable(problem)) => problem,
+                Err(Failure::Lost(problem)) => {
+                    losses += 1;
+                    problem
+                }
                 other => {
                     self.resumed.inc_by(u64::from(other.is_ok()));
                     return other.map_err(Failure::into);
                 }
             };
-            if Instant::now() > deadline {
-                let message =
-                    format!("the router was lost in the middle of the answer ({lost}), and {problem}");
-                return Err(proto::Error::new(ErrorCode::WorkerLost, message));
+            if Instant::now() > deadline || losses == LOSSES {
+                let message = format!("the request's router was lost ({lost}), and {problem}");
+                return Err(proto::Error::new(ErrorCode::NoMembers, message));
             }
             sleep(LOOK_AGAIN).await;
         }
@@ -110,7 +121,7 @@ impl Upstream {
         request: &GenerateRequest,
         trace: &TraceContext,
     ) -> Result<(Event, Events), Failure> {
-        let mut problems = Vec::new();
+        let (mut problems, mut lost) = (Vec::new(), false);
         for index in self.order() {
             match self.open_at(&self.routers[index], request, trace).await {
                 Ok((first, stream)) => {
@@ -118,10 +129,15 @@ impl Upstream {
                     return Ok((first, Events { stream, router: index }));
                 }
                 Err(Failure::Unreachable(problem)) => problems.push(self.unreachable(index, problem)),
+                Err(Failure::Lost(problem)) => {
+                    lost = true;
+                    problems.push(self.unreachable(index, problem));
+                }
                 Err(refused) => return Err(refused),
             }
         }
-        Err(Failure::Unreachable(format!("no router answers: {}", problems.join("; "))))
+        let problem = format!("no router answers: {}", problems.join("; "));
+        Err(if lost { Failure::Lost(problem) } else { Failure::Unreachable(problem) })
     }
 
     /// The cluster as some router sees it.
@@ -184,10 +200,12 @@ impl Upstream {
             .await
             .map_err(|_| Failure::from(silent(self.silence)))?;
         let mut events = reply?.into_inner();
-        match self.hear(&mut events).await? {
-            Some(Event::Error(error)) => Err(refused(error)),
-            Some(event) => Ok((event, events)),
-            None => Err(Failure::Unreachable("closed the stream before any event".into())),
+        match self.hear(&mut events).await {
+            Ok(Some(Event::Error(error))) => Err(refused(error)),
+            Ok(Some(event)) => Ok((event, events)),
+            Ok(None) => Err(Failure::Lost("closed the stream before any event".into())),
+            Err(status) if spoken(&status) => Err(refused(status.into())),
+            Err(status) => Err(Failure::Lost(describe(&status))),
         }
     }
 
@@ -228,7 +246,9 @@ impl Router {
 impl From<Failure> for proto::Error {
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::Unreachable(problem) => proto::Error::new(ErrorCode::NoMembers, problem),
+            Failure::Unreachable(problem) | Failure::Lost(problem) => {
+                proto::Error::new(ErrorCode::NoMembers, problem)
+            }
             Failure::Refused(error) => error,
         }
     }

@@ -147,6 +147,18 @@ async fn a_request_that_outlives_its_routers_ends() {
 }
 
 #[tokio::test]
+async fn a_request_that_waited_for_its_place_waits_on_elsewhere() {
+    let (times, asked) = (3, std::sync::atomic::AtomicU32::new(0));
+    let cluster =
+        Cluster::start(move |request| match asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst) {
+            before if before < times => vec![Act::Wait(10), Act::Vanish],
+            _ => answer(request, "at last"),
+        })
+        .await;
+    assert_eq!(cluster.chat(json!({})).await.json()["choices"][0]["message"]["content"], "at last");
+}
+
+#[tokio::test]
 async fn an_echoed_prompt_is_scored_once_though_its_router_was_lost() {
     let (_second, address) = serve_fake(Box::new(|request| {
         [vec![started()], prompt_logprobs(request), answer(request, " two").split_off(1)].concat()
@@ -186,11 +198,11 @@ async fn readiness_follows_the_cluster() {
 
 #[tokio::test]
 async fn silence_and_slowness_have_their_bounds() {
-    let silent = Cluster::with(|_| vec![Act::Silence], |config| config.timeouts.silence_ms = 100).await;
-    assert_eq!(silent.chat(json!({})).await.error(), (503, String::new(), "server_overloaded".into()));
     let impatient = |config: &mut gateway::Config| {
         (config.timeouts.silence_ms, config.timeouts.resume_ms) = (100, 100);
     };
+    let silent = Cluster::with(|_| vec![Act::Silence], impatient).await;
+    assert_eq!(silent.chat(json!({})).await.error(), (503, String::new(), "server_overloaded".into()));
     let mute = Cluster::with(|request| broken(request, Act::Silence), impatient).await;
     assert_eq!(mute.chat(json!({})).await.error().2, "worker_lost");
     let slow =
