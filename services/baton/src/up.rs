@@ -24,6 +24,9 @@ pub struct Args {
     /// Workers that do both, without a hand-off
     #[arg(long, value_name = "N", default_value_t = 0)]
     both: usize,
+    /// Routers; more than one need --etcd, as the membership lives in the router otherwise
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    routers: usize,
     /// Address of the gateway; anything but loopback is reachable from outside
     #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
     host: IpAddr,
@@ -84,6 +87,12 @@ fn check(args: &Args) -> anyhow::Result<()> {
             "--prefill {} --decode {}: a request needs at least one of each, or --both 1",
             args.prefill,
             args.decode
+        );
+    }
+    if args.routers == 0 || args.routers > 1 && args.etcd.is_empty() {
+        bail!(
+            "--routers {}: at least one, and --etcd URL for more than one to see the same members",
+            args.routers
         );
     }
     if !worker::BACKENDS.contains(&args.backend.as_str()) {

@@ -10,6 +10,7 @@ mod decode;
 mod deliveries;
 mod error;
 pub mod handoff_speed;
+mod health;
 mod leave;
 mod load;
 pub mod measure;

@@ -4,7 +4,7 @@ use crate::{
     Config, Error,
     decode::DecodeService,
     deliveries::HandoffService,
-    leave,
+    health, leave,
     load::{self, Loaded, OnStep},
     member::{self, Addresses},
     metrics::Metrics,
@@ -166,14 +166,17 @@ where
         .build_v1()
         .expect("the descriptors are compiled in");
     // Every role serves all three: what a role does not do it refuses by name.
-    handoff::transport::server()
+    let server = handoff::transport::server()
         .add_service(health_service)
         .add_service(reflection)
         .add_service(decode)
         .add_service(prefill)
         .add_service(handoff)
-        .serve_with_incoming_shutdown(incoming, stop)
-        .await
+        .serve_with_incoming_shutdown(incoming, stop);
+    tokio::select! {
+        ended = server => ended,
+        () = health::tell(shared, health) => Ok(()),
+    }
 }
 
 /// A listener's task, and how to end it.

@@ -110,8 +110,8 @@ impl Shared {
         if meant.is_empty() || meant == self.id {
             return Ok(());
         }
-        let message = format!("member {meant} is gone from this address; {} is here now", self.id);
-        Err(Error::new(ErrorCode::WorkerLost, message))
+        let message = format!("member {meant} has left this address; {} is here now", self.id);
+        Err(Error::new(ErrorCode::Draining, message))
     }
 
     fn leaving(&self) -> Error {

@@ -284,6 +284,41 @@ async fn draining_finishes_what_runs_and_takes_nothing_new() {
     assert!(matches!(refused, None | Some(ErrorCode::Draining)), "{refused:?}");
 }
 
+/// What runs too long goes on elsewhere; what is computed and on offer is still delivered.
+#[tokio::test(flavor = "multi_thread")]
+async fn draining_moves_what_lasts_too_long() {
+    let cluster = Cluster::start().await;
+    let mut impatient = cluster.config(Role::Both);
+    impatient.drain_ms = 50;
+    let mut both = cluster.launch(impatient).await;
+    let mut unending = sequence(&long_prompt(30), 1900);
+    unending.stop.as_mut().unwrap().ignore_eos = true;
+    let mut running = generate(&both.member, &unending, true).await;
+    while !matches!(running.next().await, Decode::Token(_)) {}
+    both.tell_to_stop();
+    let error = loop {
+        match running.next().await {
+            Decode::Token(_) => {}
+            Decode::Error(error) => break error,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(error.code(), ErrorCode::Draining, "{error}");
+    both.ended().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_incarnation_that_is_meant_takes_work() {
+    let cluster = Cluster::start().await;
+    let both = cluster.worker(Role::Both).await;
+    let former = Member { id: "both-former".into(), ..both.member.clone() };
+    let Decode::Error(error) = generate(&former, &sequence(&[5, 6], 3), true).await.next().await else {
+        panic!("must be refused")
+    };
+    assert_eq!(error.code(), ErrorCode::Draining);
+    assert!(error.message.contains("member both-former has left this address"), "{error}");
+}
+
 /// The code of the refusal, if the worker still answers.
 async fn generate_if_listening(member: &Member, prompt: &[u32]) -> Option<ErrorCode> {
     tokio::net::TcpStream::connect(member.address.trim_start_matches("http://")).await.ok()?;
