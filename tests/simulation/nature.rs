@@ -1,5 +1,5 @@
-//! What a process takes from the machine beside its network: random bytes and the time. Both are replaced for this binary,
-//! so that a seed decides the keys of every hash map, every uuid and every branch of `tokio::select!`, and so that
+//! What a process takes from the machine beside its network: random bytes, the time, its own number. They are replaced for
+//! this binary, so that a seed decides the keys of every hash map, every uuid and every branch of `tokio::select!`, and so that
 //! `std::time` shows the simulated time too. Before a simulation begins, the machine's own are given.
 //!
 //! A simulation has its process to itself and one thread: so both can be plain statics.
@@ -121,4 +121,14 @@ unsafe extern "C" fn clock_gettime(clock: libc::clockid_t, time: *mut libc::time
     // SAFETY: the caller's promise.
     unsafe { time.write(libc::timespec { tv_sec: seconds as i64, tv_nsec: nanoseconds as i64 }) };
     0
+}
+
+/// In place of the C library's: members tell it each other.
+#[unsafe(no_mangle)]
+extern "C" fn getpid() -> libc::pid_t {
+    match RANDOM.load(Ordering::Relaxed) {
+        // SAFETY: asks the kernel for a number.
+        0 => unsafe { libc::syscall(libc::SYS_getpid) as libc::pid_t },
+        _ => 1,
+    }
 }
