@@ -20,7 +20,10 @@ use collect::InFlight;
 use kv::{BlockPool, Counts, Holder, StepId};
 use plan::Prepared;
 use sequence::{Kind, Sequence, State};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
 
 /// A sequence's name, ordered as it is scheduled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -47,6 +50,7 @@ pub(crate) struct Core {
     in_flight: VecDeque<InFlight>,
     arrivals: u64,
     collected: StepId,
+    longest_step: Duration,
 }
 
 impl Core {
@@ -73,6 +77,7 @@ impl Core {
             in_flight: VecDeque::new(),
             arrivals: 0,
             collected: 0,
+            longest_step: Duration::ZERO,
             config,
         }
     }
@@ -118,6 +123,22 @@ impl Core {
         }
     }
 
+    /// The reservation ends, but something still writes into the blocks of these indices: they become free when the
+    /// listener goes, the others now.
+    pub fn quarantine(&mut self, id: SequenceId, writing: &[u32]) {
+        if !self.reserved.remove(&id) {
+            return;
+        }
+        let sequence = self.sequences.get_mut(&id).expect("a reserved sequence exists");
+        let numbered = (0u32..).zip(std::mem::take(&mut sequence.blocks));
+        let (kept, let_go): (Vec<_>, Vec<_>) = numbered.partition(|(index, _)| writing.contains(index));
+        let let_go: Vec<_> = let_go.into_iter().map(|(_, block)| block).collect();
+        self.pool.release_all(&let_go, Holder::Reservation);
+        sequence.blocks = kept.into_iter().map(|(_, block)| block).collect();
+        sequence.state = State::Quarantined;
+        sequence.blocks.iter().for_each(|&block| self.pool.quarantine(block, Holder::Reservation));
+    }
+
     /// Frees what is not wanted any more: sequences nobody listens to, offers that are delivered.
     pub fn sweep(&mut self) {
         let gone: Vec<SequenceId> = self.sequences.values().filter(|s| s.is_gone()).map(|s| s.id).collect();
@@ -145,6 +166,7 @@ impl Core {
             reserved: self.reserved.len() as u32,
             waiting_tokens: self.sequences.values().map(|s| s.uncomputed() as u64).sum(),
             step: self.collected,
+            longest_step: self.longest_step,
         }
     }
 
@@ -192,6 +214,9 @@ impl Core {
         self.reserved.remove(&id);
         if let Some(holder) = sequence.state.holder() {
             self.pool.release_all(&sequence.blocks, holder);
+        }
+        if sequence.state == State::Quarantined {
+            sequence.blocks.iter().for_each(|&block| self.pool.unquarantine(block));
         }
         self.free_slots.extend(sequence.slot.take());
     }

@@ -156,6 +156,7 @@ impl<E: Executor> Driver<E> {
             }
             Command::Reserve { spec, reply } => drop(reply.send(self.reserve(spec))),
             Command::Activate { id, first } => self.core.activate(id, first),
+            Command::Quarantine { id, writing } => self.core.quarantine(id, &writing),
             Command::Check { reply } => drop(reply.send(self.core.check())),
         }
     }

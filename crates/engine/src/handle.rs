@@ -156,6 +156,18 @@ impl Reservation {
         let _ = self.commands.send(Command::Activate { id: self.id, first }).await;
         self.running
     }
+
+    /// Ends, but something still writes into the blocks of these indices: nobody gets them until the answer is
+    /// dropped. The other blocks are free at once.
+    pub async fn quarantine(self, writing: Vec<u32>) -> Quarantine {
+        let _ = self.commands.send(Command::Quarantine { id: self.id, writing }).await;
+        Quarantine { _listener: self.running }
+    }
+}
+
+/// Blocks that are nobody's. To be dropped when nothing writes into them any more.
+pub struct Quarantine {
+    _listener: Running,
 }
 
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, Refused>>;
@@ -165,6 +177,7 @@ pub(crate) enum Command {
     Prefill { spec: SequenceSpec, reply: Reply<Running> },
     Reserve { spec: SequenceSpec, reply: Reply<Reservation> },
     Activate { id: SequenceId, first: FirstToken },
+    Quarantine { id: SequenceId, writing: Vec<u32> },
     Check { reply: oneshot::Sender<Result<Counts, String>> },
 }
 

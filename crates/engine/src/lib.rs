@@ -18,6 +18,6 @@ pub use config::{EngineConfig, Role, StepKind, StepRecord};
 pub use core::SequenceId;
 pub use driver::{drive, spawn};
 pub use executor::{Executor, ExecutorError, Limits, StepOutput};
-pub use handle::{EngineHandle, Offers, Reservation, Running};
+pub use handle::{EngineHandle, Offers, Quarantine, Reservation, Running};
 pub use model_executor::ModelExecutor;
 pub use sequence::{ComputedBlock, EngineLoad, Event, Finish, FirstToken, Refused, SequenceSpec};

@@ -2,6 +2,7 @@
 
 use kernels::{Logprobs, SampledToken, Sampling};
 use kv::{BlockId, Counts, StepId};
+use std::time::Duration;
 
 /// A sequence to run. `tokens[..prompt_len]` is the prompt; what follows is output generated earlier
 /// (elsewhere, before a preemption or a loss), which counts as output for penalties and limits; prompt
@@ -98,4 +99,6 @@ pub struct EngineLoad {
     pub waiting_tokens: u64,
     /// Steps collected so far.
     pub step: StepId,
+    /// The longest that any step has taken.
+    pub longest_step: Duration,
 }

@@ -1,5 +1,7 @@
 //! Whether a peer lives, judged by what it says and by whether its engine moves. A pure function of the
-//! heartbeats it was told and the time: an open socket proves nothing, and neither does a long queue.
+//! heartbeats it was told and the time: an open socket proves nothing, and neither does a long queue. What a step may
+//! take follows from the longest that the peer has ever measured, which each heartbeat carries, so that a stream that
+//! has just opened knows it too.
 
 use crate::Now;
 use std::time::Duration;
@@ -24,7 +26,7 @@ pub struct Liveness {
     /// Last time that the step counter moved or there was nothing to do.
     moved: Now,
     working: bool,
-    /// Longest time between two steps with work present.
+    /// Longest step that the peer has told of, or time between two with work present.
     longest: Duration,
 }
 
@@ -39,8 +41,10 @@ impl Liveness {
         self.heard = now;
     }
 
-    pub fn heartbeat(&mut self, step: u64, working: bool, now: Now) {
+    /// `longest`: the longest step that the peer has measured since it started.
+    pub fn heartbeat(&mut self, step: u64, working: bool, longest: Duration, now: Now) {
         self.heard = now;
+        self.longest = self.longest.max(longest);
         if step != self.step && self.working && working {
             self.longest = self.longest.max(now.saturating_sub(self.moved));
         }
@@ -75,7 +79,7 @@ mod tests {
         assert_eq!(peer.verdict(at(10)), Verdict::Alive);
         assert_eq!(peer.verdict(at(11)), Verdict::Silent);
         for second in 1..=30 {
-            peer.heartbeat(7, second > 15, at(second));
+            peer.heartbeat(7, second > 15, at(0), at(second));
         }
         assert_eq!(peer.verdict(at(26)), Verdict::Alive, "work came at 16");
         assert_eq!(peer.verdict(at(30)), Verdict::Stuck);
@@ -85,12 +89,26 @@ mod tests {
     fn slow_steps_teach_patience() {
         let mut peer = Liveness::new(at(10), at(0));
         for second in 0..=8 {
-            peer.heartbeat(1, true, at(second));
+            peer.heartbeat(1, true, at(0), at(second));
         }
-        peer.heartbeat(2, true, at(9));
+        peer.heartbeat(2, true, at(0), at(9));
         for second in 10..=60 {
-            peer.heartbeat(2, true, at(second));
+            peer.heartbeat(2, true, at(0), at(second));
         }
         assert_eq!(peer.verdict(at(60)), Verdict::Alive, "a step took 9 s, so 90 s are allowed");
+    }
+
+    #[test]
+    fn a_new_stream_knows_how_slow_steps_have_been() {
+        let mut peer = Liveness::new(at(10), at(0));
+        for second in 0..=121 {
+            peer.heartbeat(1, true, at(12), at(second));
+            let expected = if second <= 120 { Verdict::Alive } else { Verdict::Stuck };
+            assert_eq!(
+                peer.verdict(at(second)),
+                expected,
+                "after {second} s of a step; one of 12 s is on record"
+            );
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! One placement of a sequence on a prefill and a decode member, as the router sees it: a pure state machine.
 //! It keeps that the client is given the first token exactly once, that no second prefill is asked before
-//! decode has fenced the first, and that whatever ends lets go of both sides. Does no I/O and has no clock.
+//! decode has fenced the first, and that whatever ends lets go of both sides. Does no I/O and has no clock. A client
+//! that leaves has its placement dropped in whatever state, and both calls with it: each side then frees what it holds.
 //!
 //! | state      | event                        | next       | actions                                              |
 //! |------------|------------------------------|------------|------------------------------------------------------|
@@ -19,7 +20,6 @@
 //! | any living | Finished                     | Ended      | DropPrefill, End(Finished)                           |
 //! | any living | Preempted                    | Ended      | DropPrefill, End(Preempted): continue elsewhere      |
 //! | any living | DecodeLost                   | Ended      | DropPrefill, DropDecode, End(DecodeLost)             |
-//! | any living | Cancel                       | Ended      | DropPrefill, DropDecode, End(Cancelled)              |
 //! | any living | anything out of its place    | Ended      | DropPrefill, DropDecode, End(Protocol)               |
 //! | any        | message of a prefill given up| same       | —                                                    |
 //! | Ended      | any                          | Ended      | —                                                    |
@@ -58,7 +58,6 @@ pub enum Event {
     Finished,
     Preempted,
     DecodeLost,
-    Cancel,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -93,7 +92,6 @@ pub enum End {
     Preempted,
     PrefillLost,
     DecodeLost,
-    Cancelled,
     /// A worker said what it could not say in this state.
     Protocol,
 }
@@ -123,14 +121,15 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// `prefills`: how many prefill members may be tried. `seen`: the first token, if an earlier attempt gave it.
-    pub fn new(prefills: u32, seen: Option<u32>) -> Self {
+    /// `prefills`: how many prefill members may be tried. What an earlier placement gave the client is part of the
+    /// sequence that this one prefills: its own first token is the one after.
+    pub fn new(prefills: u32) -> Self {
         Placement {
             state: State::Reserving,
             reservation: 0,
             epoch: 0,
             present: 0,
-            first: seen,
+            first: None,
             prefilling: false,
             tries: prefills,
         }
@@ -157,7 +156,6 @@ impl Placement {
             Event::Finished => self.end(End::Finished),
             Event::Preempted => self.end(End::Preempted),
             Event::DecodeLost => self.end(End::DecodeLost),
-            Event::Cancel => self.end(End::Cancelled),
             event => self.proceed(event),
         }
     }

@@ -15,7 +15,7 @@ fn ask(epoch: u32, accepted: &[u32], forced: Option<u32>) -> Action {
 
 #[test]
 fn the_plain_road() {
-    let mut it = Placement::new(2, None);
+    let mut it = Placement::new(2);
     let actions = say(
         &mut it,
         &[
@@ -36,7 +36,7 @@ fn the_plain_road() {
 
 #[test]
 fn a_lost_prefill_is_fenced_before_another_is_asked_and_the_seen_token_is_forced() {
-    let mut it = Placement::new(2, None);
+    let mut it = Placement::new(2);
     say(&mut it, &[RESERVED, Event::FirstToken { epoch: 1, token: 5 }]);
     let lost = it.on(Event::PrefillLost { epoch: 1, retryable: true });
     assert_eq!(lost, [Action::DropPrefill, Action::Advance { reservation: 7, epoch: 1 }]);
@@ -53,7 +53,7 @@ fn a_lost_prefill_is_fenced_before_another_is_asked_and_the_seen_token_is_forced
 
 #[test]
 fn a_prefill_that_died_after_its_commit_cost_nothing() {
-    let mut it = Placement::new(2, None);
+    let mut it = Placement::new(2);
     say(&mut it, &[RESERVED, Event::PrefillLost { epoch: 1, retryable: true }]);
     assert_eq!(it.on(Event::AlreadyComplete), []);
     assert_eq!(it.on(Event::Decoding { token: 9 }), [Action::First { token: 9 }]);
@@ -61,14 +61,14 @@ fn a_prefill_that_died_after_its_commit_cost_nothing() {
 
 #[test]
 fn a_worker_of_role_both_needs_no_prefill() {
-    let mut it = Placement::new(1, None);
+    let mut it = Placement::new(1);
     let actions = say(&mut it, &[Event::LocalPrefill, Event::Token, Event::Finished]);
     assert_eq!(actions, [Action::Forward, Action::End(End::Finished)]);
 }
 
 #[test]
 fn nonsense_ends_the_attempt() {
-    let mut it = Placement::new(1, None);
+    let mut it = Placement::new(1);
     assert_eq!(it.on(Event::Token), [Action::DropDecode, Action::End(End::Protocol)]);
 }
 
@@ -93,10 +93,10 @@ proptest! {
 
     #[test]
     fn any_order_gives_one_first_token_and_lets_go(events in prop::collection::vec(any_event(), 0..40)) {
-        let mut it = Placement::new(3, None);
+        let mut it = Placement::new(3);
         let (mut firsts, mut prefills, mut fenced, mut ends) = (0, 0i32, true, 0);
         let mut last = Vec::new();
-        for event in events.into_iter().chain([Event::Cancel]) {
+        for event in events.into_iter().chain([Event::DecodeLost]) {
             let advanced = matches!(event, Event::Advanced { .. });
             last = it.on(event);
             for action in &last {

@@ -76,6 +76,8 @@ pub struct Received {
     pub blocks: u32,
     /// Offers whose bytes were not those that their digest names.
     pub refused: u32,
+    /// Writes that had not landed within the patience of the plan.
+    pub overdue: u32,
     /// From the first offer to the end.
     pub elapsed: Duration,
 }
@@ -174,15 +176,11 @@ impl Incoming {
         self.answer.take().unwrap_or(Answer::AlreadyComplete)
     }
 
-    /// Ends the reservation, whatever its state, and waits for the writes in flight: afterwards nothing
-    /// writes into its blocks.
-    pub async fn close(mut self) {
+    /// Ends the reservation, whatever its state. `None`: nothing writes into its blocks any more.
+    pub fn close(mut self) -> Option<Unsettled> {
         self.on(Event::Cancel, NOBODY);
         self.inbox.close();
-        while let Some((index, bytes, result)) = self.writes.next().await {
-            self.written(index, bytes, result);
-        }
-        debug_assert!(matches!(self.receiver.state(), State::Complete | State::Closed));
+        (self.receiver.state() == State::Quarantined).then_some(Unsettled(self))
     }
 
     fn on(&mut self, event: Event, mut heard: Heard<'_>) {
@@ -199,8 +197,9 @@ impl Incoming {
             Action::Activate => self.outcome = self.commit.clone().map(Outcome::Complete),
             Action::Finish => self.outcome = self.commit.clone().map(Outcome::Finished),
             Action::Expire => self.outcome = Some(Outcome::Expired),
-            // The owner frees after `close`.
-            Action::Free => {}
+            Action::Sever { index } => self.sever(index),
+            // The owner does both, by what `close` and `Unsettled::settle` give.
+            Action::Quarantine | Action::Free => {}
         }
     }
 
@@ -329,6 +328,14 @@ impl Incoming {
         }
     }
 
+    /// The writer is this worker's own device, which no deadline can stop: the block waits until the device has
+    /// copied or is given up itself, and whoever reads logs and metrics knows.
+    fn sever(&mut self, index: u32) {
+        self.received.overdue += 1;
+        let patience = self.plan.patience.landing;
+        tracing::error!(index, ?patience, "a block has not landed in time: does the device still copy?");
+    }
+
     fn spoiled(&mut self, index: u32, error: &KvError) -> proto::Error {
         let code = match error {
             KvError::Damaged { .. } => {
@@ -370,6 +377,31 @@ impl Incoming {
             Reply::Silent => error(ErrorCode::WorkerLost, "this delivery was silent for too long".into()),
             Reply::Cancelled => error(ErrorCode::Cancelled, "the reservation has ended".into()),
         }
+    }
+}
+
+/// An ended reservation into whose blocks something still writes: these are nobody's until [`Self::settle`] has
+/// returned, the others may be used at once.
+pub struct Unsettled(Incoming);
+
+impl Unsettled {
+    /// Indices of the blocks that are being written into.
+    pub fn writing(&self) -> Vec<u32> {
+        self.0.receiver.writing()
+    }
+
+    /// Waits for the last write. How many came later than the patience of the plan allows.
+    pub async fn settle(self) -> u32 {
+        let Unsettled(mut it) = self;
+        let before = it.received.overdue;
+        while it.receiver.state() == State::Quarantined {
+            let due = it.receiver.deadline().unwrap_or(NO_DEADLINE);
+            tokio::select! {
+                Some((index, bytes, result)) = it.writes.next() => it.written(index, bytes, result),
+                () = tokio::time::sleep_until(it.start + due) => it.on(Event::Tick, NOBODY),
+            }
+        }
+        it.received.overdue - before
     }
 }
 

@@ -1,30 +1,33 @@
 //! The decode side of one reservation, as a pure state machine: which blocks are here, which epoch owns the
 //! right to deliver them, when the whole is complete. Does no I/O and has no clock. It keeps that an accepted
 //! block is never written again, that decoding never starts incomplete, and that what is held is freed
-//! exactly once, after the last write into it has landed.
+//! exactly once, after the last write into it has landed: until then such a block is quarantined, nobody's.
+//! A write is a copy of bytes that came or a read of the other side's memory; the machine does not know which.
 //!
-//! | state     | event                          | next      | actions                                              |
-//! |-----------|--------------------------------|-----------|------------------------------------------------------|
-//! | any       | message of another epoch       | same      | Reply(that epoch, Stale)                             |
-//! | Receiving | Open                           | Receiving | — (its stream is the one that is watched)            |
-//! | Receiving | Offer, block missing           | Receiving | Write                                                |
-//! | Receiving | Offer, block being written     | Receiving | — (answered when the write lands)                    |
-//! | Receiving | Offer, block accepted          | Receiving | Reply(Accept)                                        |
-//! | Receiving | Offer, index out of range      | Receiving | Reply(OutOfRange)                                    |
-//! | Receiving | Written                        | Receiving | Reply(Accept) to the epoch that asked, if still there|
-//! | Receiving | Spoiled                        | Receiving | Reply(Refuse) to the same                            |
-//! | Receiving | Commit                         | Receiving | —                                                    |
-//! | Receiving | … commit and every block here  | Complete  | Reply(Committed), Activate                           |
-//! | Receiving | Commit, finished               | Closing   | Reply(Committed), Finish; Free once no write is left |
-//! | Receiving | Advance(current epoch)         | Receiving | Tell(Advanced): next epoch, accepted blocks kept     |
-//! | Receiving | Advance(older epoch)           | Receiving | Tell(Advanced) again                                 |
-//! | Receiving | Lost, or its stream silent     | Receiving | Reply(Silent) in the second case; waits for Advance  |
-//! | Receiving | Tick after the deadline        | Closing   | Expire; Free once no write is left                   |
-//! | Receiving | Cancel                         | Closing   | Reply(Cancelled); Free once no write is left         |
-//! | Closing   | last Written or Spoiled        | Closed    | Free                                                 |
-//! | Complete  | Offer, Commit                  | Complete  | Reply(Accept), Reply(Committed)                      |
-//! | Complete  | Advance                        | Complete  | Tell(AlreadyComplete)                                |
-//! | Closing, Closed | Open, Offer, Commit      | same      | Reply(Cancelled), or Committed if it finished        |
+//! | state       | event                          | next        | actions                                                |
+//! |-------------|--------------------------------|-------------|--------------------------------------------------------|
+//! | any         | message of another epoch       | same        | Reply(that epoch, Stale)                               |
+//! | Receiving   | Open                           | Receiving   | — (its stream is the one that is watched)              |
+//! | Receiving   | Offer, block missing           | Receiving   | Write                                                  |
+//! | Receiving   | Offer, block being written     | Receiving   | — (answered when the write lands)                      |
+//! | Receiving   | Offer, block accepted          | Receiving   | Reply(Accept)                                          |
+//! | Receiving   | Offer, index out of range      | Receiving   | Reply(OutOfRange)                                      |
+//! | Receiving   | Written                        | Receiving   | Reply(Accept) to the epoch that asked, if still there  |
+//! | Receiving   | Spoiled                        | Receiving   | Reply(Refuse) to the same                              |
+//! | Receiving   | Commit                         | Receiving   | —                                                      |
+//! | Receiving   | … commit and every block here  | Complete    | Reply(Committed), Activate                             |
+//! | Receiving   | Commit, finished               | Closed      | Reply(Committed), Finish, Free                         |
+//! | Receiving   | Advance(current epoch)         | Receiving   | Tell(Advanced): next epoch, accepted blocks kept       |
+//! | Receiving   | Advance(older epoch)           | Receiving   | Tell(Advanced) again                                   |
+//! | Receiving   | Lost, or its stream silent     | Receiving   | Reply(Silent) in the second case; waits for Advance    |
+//! | Receiving   | Tick after the deadline        | Closed      | Expire, Free                                           |
+//! | Receiving   | Cancel                         | Closed      | Reply(Cancelled), Free                                 |
+//! | Receiving   | … closed with a write in flight| Quarantined | Quarantine in place of Free                            |
+//! | Receiving, Quarantined | Tick, a write overdue | same      | Sever                                                  |
+//! | Quarantined | last Written or Spoiled        | Closed      | Free                                                   |
+//! | Complete    | Offer, Commit                  | Complete    | Reply(Accept), Reply(Committed)                        |
+//! | Complete    | Advance                        | Complete    | Tell(AlreadyComplete)                                  |
+//! | Quarantined, Closed | Open, Offer, Commit    | same        | Reply(Cancelled), or Committed if it finished          |
 
 use std::time::Duration;
 
@@ -84,11 +87,15 @@ pub enum Action {
     Finish,
     /// Nobody delivered in time.
     Expire,
-    /// Let the blocks go. Nothing writes into them any more.
+    /// Let the blocks go but those of [`Receiver::writing`]: they are nobody's until [`Action::Free`].
+    Quarantine,
+    /// A write has not landed in time: destroy what writes, so that it never will; then tell [`Event::Spoiled`].
+    Sever { index: u32 },
+    /// Let go what is still held. Nothing writes into it any more.
     Free,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reply {
     Accept {
         index: u32,
@@ -126,17 +133,19 @@ pub enum State {
     Receiving,
     /// Decoding has begun; the blocks belong to the running sequence.
     Complete,
-    /// Ended, but a write is still in flight: the blocks cannot be given to others.
-    Closing,
+    /// Ended, but writes are in flight: their blocks cannot be given to others.
+    Quarantined,
     Closed,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Block {
     Missing,
-    /// `asked`: the current epoch has offered it and waits for an answer.
+    /// `asked`: the current epoch has offered it and waits for an answer. `until`: when it is overdue; `None`
+    /// once that was said.
     Writing {
         asked: bool,
+        until: Option<Now>,
     },
     Accepted,
 }
@@ -148,6 +157,8 @@ pub struct Patience {
     pub silence: Duration,
     /// For a delivery stream to open, or for the router to advance after one was lost.
     pub delivery: Duration,
+    /// For a write to land; measured from its begin.
+    pub landing: Duration,
 }
 
 /// One reservation; see the table above.
@@ -214,14 +225,24 @@ impl Receiver {
         self.epoch
     }
 
-    /// Writes that have not landed.
-    pub fn writing(&self) -> usize {
-        self.blocks.iter().filter(|block| matches!(block, Block::Writing { .. })).count()
+    /// Blocks into which a write has not landed.
+    pub fn writing(&self) -> Vec<u32> {
+        self.indices(|block| matches!(block, Block::Writing { .. }))
     }
 
     /// When to send the next [`Event::Tick`].
     pub fn deadline(&self) -> Option<Now> {
-        (self.state == State::Receiving).then(|| self.heard + self.allowed())
+        let heard = (self.state == State::Receiving).then(|| self.heard + self.allowed());
+        let overdue = self.blocks.iter().filter_map(|block| match block {
+            Block::Writing { until, .. } => *until,
+            _ => None,
+        });
+        overdue.chain(heard).min()
+    }
+
+    fn indices(&self, of: impl Fn(&Block) -> bool) -> Vec<u32> {
+        let numbered = (0u32..).zip(&self.blocks);
+        numbered.filter(|(_, block)| of(block)).map(|(index, _)| index).collect()
     }
 
     fn allowed(&self) -> Duration {
@@ -251,18 +272,18 @@ impl Receiver {
         match self.state {
             State::Receiving => self.open = true,
             State::Complete => return self.reply(Reply::Accept { index }),
-            State::Closing | State::Closed => return self.reply(self.verdict()),
+            State::Quarantined | State::Closed => return self.reply(self.verdict()),
         }
         self.heard = now;
         match self.blocks.get_mut(index as usize) {
             None => self.reply(Reply::OutOfRange { index }),
             Some(Block::Accepted) => self.reply(Reply::Accept { index }),
-            Some(Block::Writing { asked }) => {
+            Some(Block::Writing { asked, .. }) => {
                 *asked = true;
                 Vec::new()
             }
             Some(block) => {
-                *block = Block::Writing { asked: true };
+                *block = Block::Writing { asked: true, until: Some(now + self.patience.landing) };
                 vec![Action::Write { index }]
             }
         }
@@ -272,7 +293,7 @@ impl Receiver {
         let Some(block) = self.blocks.get_mut(index as usize) else {
             return Vec::new();
         };
-        let Block::Writing { asked } = *block else {
+        let Block::Writing { asked, .. } = *block else {
             return Vec::new();
         };
         *block = if intact { Block::Accepted } else { Block::Missing };
@@ -342,7 +363,7 @@ impl Receiver {
         self.epoch += 1;
         self.committed = false;
         for block in &mut self.blocks {
-            if let Block::Writing { asked } = block {
+            if let Block::Writing { asked, .. } = block {
                 *asked = false;
             }
         }
@@ -351,8 +372,7 @@ impl Receiver {
     }
 
     fn accepted(&self) -> Vec<u32> {
-        let numbered = (0u32..).zip(&self.blocks);
-        numbered.filter(|(_, block)| **block == Block::Accepted).map(|(index, _)| index).collect()
+        self.indices(|block| *block == Block::Accepted)
     }
 
     fn lost(&mut self, epoch: u32, now: Now) -> Vec<Action> {
@@ -364,15 +384,29 @@ impl Receiver {
     }
 
     fn tick(&mut self, now: Now) -> Vec<Action> {
+        let mut actions = self.sever_overdue(now);
         if self.state != State::Receiving || now < self.heard + self.allowed() {
-            return Vec::new();
+            return actions;
         }
         if std::mem::take(&mut self.open) {
             self.heard = now;
-            return self.reply(Reply::Silent);
+            actions.extend(self.reply(Reply::Silent));
+        } else {
+            actions.push(Action::Expire);
+            actions.extend(self.close());
         }
-        let mut actions = vec![Action::Expire];
-        actions.extend(self.close());
+        actions
+    }
+
+    fn sever_overdue(&mut self, now: Now) -> Vec<Action> {
+        let mut actions = Vec::new();
+        for (index, block) in (0u32..).zip(&mut self.blocks) {
+            if let Block::Writing { until, .. } = block
+                && until.take_if(|until| now >= *until).is_some()
+            {
+                actions.push(Action::Sever { index });
+            }
+        }
         actions
     }
 
@@ -387,12 +421,12 @@ impl Receiver {
 
     fn close(&mut self) -> Vec<Action> {
         self.open = false;
-        self.state = State::Closing;
-        self.free_if_quiet()
+        self.state = State::Quarantined;
+        if self.writing().is_empty() { self.free_if_quiet() } else { vec![Action::Quarantine] }
     }
 
     fn free_if_quiet(&mut self) -> Vec<Action> {
-        if self.state != State::Closing || self.writing() > 0 {
+        if self.state != State::Quarantined || !self.writing().is_empty() {
             return Vec::new();
         }
         self.state = State::Closed;

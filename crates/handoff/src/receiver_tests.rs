@@ -4,7 +4,11 @@ use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
-const PATIENCE: Patience = Patience { silence: Duration::from_secs(10), delivery: Duration::from_secs(30) };
+const PATIENCE: Patience = Patience {
+    silence: Duration::from_secs(10),
+    delivery: Duration::from_secs(30),
+    landing: Duration::from_secs(20),
+};
 
 fn receiver(blocks: u32, present: u32) -> Receiver {
     Receiver::new(blocks, present, PATIENCE, Now::ZERO)
@@ -98,8 +102,8 @@ fn a_first_token_that_ends_the_sequence_frees_once_writes_have_landed() {
     let mut it = receiver(2, 0);
     say(&mut it, &[Event::Offer { epoch: 1, index: 0 }]);
     let actions = it.on(Event::Commit { epoch: 1, finished: true }, Now::ZERO);
-    assert_eq!(actions, [reply(1, Reply::Committed), Action::Finish]);
-    assert_eq!(it.state(), State::Closing);
+    assert_eq!(actions, [reply(1, Reply::Committed), Action::Finish, Action::Quarantine]);
+    assert_eq!((it.state(), it.writing()), (State::Quarantined, vec![0]));
     assert_eq!(it.on(Event::Written { index: 0 }, Now::ZERO), [Action::Free]);
     assert_eq!(it.on(Event::Cancel, Now::ZERO), []);
 }
@@ -126,12 +130,39 @@ fn a_lost_stream_waits_for_the_router() {
     assert_eq!(it.deadline(), Some(seconds(64)));
 }
 
+#[test]
+fn an_overdue_write_is_severed_once_and_may_come_again() {
+    let mut it = receiver(1, 0);
+    it.on(Event::Offer { epoch: 1, index: 0 }, seconds(0));
+    it.on(Event::Heartbeat { epoch: 1 }, seconds(15));
+    assert_eq!(it.deadline(), Some(seconds(20)));
+    assert_eq!(it.on(Event::Tick, seconds(20)), [Action::Sever { index: 0 }]);
+    assert_eq!(it.deadline(), Some(seconds(25)), "the stream's");
+    assert_eq!(it.on(Event::Tick, seconds(21)), []);
+    assert_eq!(it.on(Event::Spoiled { index: 0 }, seconds(21)), [reply(1, Reply::Refuse { index: 0 })]);
+    assert_eq!(it.on(Event::Offer { epoch: 1, index: 0 }, seconds(22)), [Action::Write { index: 0 }]);
+}
+
+#[test]
+fn what_is_being_written_is_quarantined_and_only_so_long() {
+    let mut it = receiver(2, 0);
+    it.on(Event::Offer { epoch: 1, index: 1 }, seconds(0));
+    assert_eq!(it.on(Event::Cancel, seconds(1)), [reply(1, Reply::Cancelled), Action::Quarantine]);
+    assert_eq!((it.state(), it.writing()), (State::Quarantined, vec![1]));
+    assert_eq!(it.deadline(), Some(seconds(20)));
+    assert_eq!(it.on(Event::Tick, seconds(20)), [Action::Sever { index: 1 }]);
+    assert_eq!(it.deadline(), None, "whoever severs tells when");
+    assert_eq!(it.on(Event::Spoiled { index: 1 }, seconds(20)), [Action::Free]);
+    assert_eq!(it.state(), State::Closed);
+}
+
 #[derive(Default)]
 struct Witness {
     writing: BTreeSet<u32>,
     accepted: BTreeSet<u32>,
     committed: Option<u32>,
     activated: usize,
+    quarantined: usize,
     freed: usize,
 }
 
@@ -158,13 +189,19 @@ impl Witness {
                 Action::Write { index } => {
                     assert!(!self.accepted.contains(index), "wrote into an accepted block");
                     assert!(self.writing.insert(*index), "two writes into one block");
-                    assert_eq!(self.activated + self.freed, 0, "wrote into a block that is no longer ours");
+                    let ended = self.activated + self.quarantined + self.freed;
+                    assert_eq!(ended, 0, "wrote into a block that is no longer ours");
                 }
                 Action::Activate => {
                     assert_eq!(self.accepted.len() as u32, blocks, "decoding with a block missing");
                     assert_eq!(self.committed, Some(epoch), "decoding without a commit of this epoch");
                     self.activated += 1;
                 }
+                Action::Quarantine => {
+                    assert!(!self.writing.is_empty(), "quarantined without a write");
+                    self.quarantined += 1;
+                }
+                Action::Sever { index } => assert!(self.writing.contains(index), "severed nothing"),
                 Action::Free => {
                     assert!(self.writing.is_empty(), "freed under a write");
                     self.freed += 1;
@@ -173,6 +210,7 @@ impl Witness {
             }
         }
         assert!(self.activated + self.freed <= 1, "let go twice");
+        assert!(self.activated + self.quarantined <= 1, "quarantined twice");
     }
 }
 

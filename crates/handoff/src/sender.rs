@@ -1,7 +1,7 @@
 //! The prefill side of one delivery, as a pure state machine: which blocks are computed, offered and
 //! accepted, how many may be under way at once, when to commit. Does no I/O and has no clock. It keeps that
 //! a block is released exactly once, after decode has accepted it, and that a delivery completes only when
-//! decode has said so for all of it.
+//! decode has said so for all of it. A delivery that nobody wants any more is dropped: decode hears its stream end.
 //!
 //! | state      | event                             | next       | actions                                             |
 //! |------------|-----------------------------------|------------|-----------------------------------------------------|
@@ -17,7 +17,6 @@
 //! | Sending, Committing | Committed too early      | Failed     | Fail(Protocol)                                      |
 //! | Sending, Committing | Tick after the deadline  | Failed     | Fail(Silent)                                        |
 //! | Sending, Committing | Broken                   | Failed     | Fail(Broken)                                        |
-//! | Sending, Committing | Cancel                   | Failed     | —                                                   |
 //! | Done, Failed | any                             | same       | —                                                   |
 
 use crate::Now;
@@ -46,7 +45,6 @@ pub enum Event {
     Heartbeat,
     /// The stream, or the memory that is read from, broke.
     Broken,
-    Cancel,
     Tick,
 }
 
@@ -152,7 +150,6 @@ impl Sender {
             Event::Committed => self.heard(now).committed(),
             Event::Heartbeat => self.heard(now).quiet(),
             Event::Broken => self.fail(Failure::Broken),
-            Event::Cancel => self.end(State::Failed),
             Event::Tick if now >= self.heard + self.bounds.silence => self.fail(Failure::Silent),
             Event::Tick => Vec::new(),
         }

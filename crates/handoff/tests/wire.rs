@@ -154,7 +154,11 @@ impl Decode {
             bindings: bindings(&tokens(), LAYOUT.block_tokens, LAYOUT.fingerprint()),
             present,
             weights_fingerprint: WEIGHTS,
-            patience: Patience { silence: Duration::from_secs(5), delivery: delivery_patience },
+            patience: Patience {
+                silence: Duration::from_secs(5),
+                delivery: delivery_patience,
+                landing: LANDING,
+            },
         };
         let (incoming, inbox) = Incoming::new(plan, memory.clone(), || 0);
         let table = Table(Arc::new(Mutex::new(Some(inbox))));
@@ -221,6 +225,7 @@ async fn deliver_with(mut delivery: Delivery, commit: proto::Commit) -> (Result<
 }
 
 const LONG: Duration = Duration::from_secs(20);
+const LANDING: Duration = Duration::from_millis(100);
 
 #[tokio::test]
 async fn blocks_arrive_where_they_belong_and_are_released_once() {
@@ -236,7 +241,7 @@ async fn blocks_arrive_where_they_belong_and_are_released_once() {
     let received = decode.incoming.received();
     assert_eq!((received.bytes, received.blocks, received.refused), (payload as u64, blocks() - 2, 0));
     assert_eq!(decode.incoming.advance(1), Answer::AlreadyComplete);
-    decode.incoming.close().await;
+    assert!(decode.incoming.close().is_none());
 }
 
 #[tokio::test]
@@ -361,7 +366,29 @@ async fn a_prefill_that_leaves_is_waited_for_only_so_long() {
     }
     drop(delivery);
     assert!(matches!(decode.incoming.run().await, Outcome::Expired));
-    decode.incoming.close().await;
+    assert!(decode.incoming.close().is_none(), "nothing is being written");
+}
+
+#[tokio::test]
+async fn a_reservation_that_ends_under_a_write_says_so_until_the_write_has_landed() {
+    let mut decode = Decode::start(0, LONG).await;
+    decode.memory.slow.lock().unwrap().extend([2, 5]);
+    let delivery = tokio::spawn(deliver(open(order(&decode))));
+    while decode.memory.waiting.lock().unwrap().len() < 2 {
+        tokio::select! {
+            outcome = decode.incoming.run() => panic!("{outcome:?}"),
+            () = tokio::time::sleep(Duration::from_millis(5)) => {}
+        }
+    }
+    let unsettled = decode.incoming.close().expect("two writes are in flight");
+    assert_eq!(unsettled.writing(), [1, 4]);
+    let error = delivery.await.unwrap().0.expect_err("the reservation has ended");
+    assert_eq!(error.code(), ErrorCode::Cancelled, "{error}");
+    let settled = tokio::spawn(unsettled.settle());
+    tokio::time::sleep(3 * LANDING).await;
+    assert!(!settled.is_finished(), "nothing has landed");
+    decode.memory.land();
+    assert_eq!(settled.await.unwrap(), 2, "both were overdue, and counted");
 }
 
 #[tokio::test]

@@ -18,8 +18,14 @@ impl Digest {
     pub const LEAF: usize = 4096;
 
     pub fn of(bytes: &[u8]) -> Digest {
-        let leaves = bytes.chunks(Digest::LEAF).enumerate();
-        Digest::of_leaves(leaves.map(|(index, leaf)| xxh64(leaf, index as u64)))
+        Digest::of_parts([bytes])
+    }
+
+    /// Of bytes that lie in several places, one part after the other.
+    pub fn of_parts<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Digest {
+        let mut leaves = Leaves::default();
+        parts.into_iter().for_each(|part| leaves.add(part));
+        leaves.end()
     }
 
     /// Of leaves that somebody else has hashed.
@@ -32,6 +38,53 @@ impl Digest {
     /// Whether what landed is what was sent.
     pub fn expect(self, sent: Digest) -> Result<(), KvError> {
         if self == sent { Ok(()) } else { Err(KvError::Damaged { sent, found: self }) }
+    }
+}
+
+/// Hashes leaves as bytes come; a leaf may begin in one part and end in another.
+#[derive(Default)]
+struct Leaves {
+    root: Option<Xxh64>,
+    count: u64,
+    /// The leaf that has begun, and how much of it is there.
+    begun: Option<(Xxh64, usize)>,
+}
+
+impl Leaves {
+    fn add(&mut self, mut part: &[u8]) {
+        while !part.is_empty() {
+            if self.begun.is_none() && part.len() >= Digest::LEAF {
+                let (leaf, rest) = part.split_at(Digest::LEAF);
+                self.push(xxh64(leaf, self.count));
+                part = rest;
+            } else {
+                part = self.go_on(part);
+            }
+        }
+    }
+
+    /// Hashes up to the end of the leaf; what is left.
+    fn go_on<'a>(&mut self, part: &'a [u8]) -> &'a [u8] {
+        let (mut leaf, there) = self.begun.take().unwrap_or_else(|| (Xxh64::new(self.count), 0));
+        let (now, rest) = part.split_at(part.len().min(Digest::LEAF - there));
+        leaf.update(now);
+        match there + now.len() {
+            Digest::LEAF => self.push(leaf.digest()),
+            there => self.begun = Some((leaf, there)),
+        }
+        rest
+    }
+
+    fn push(&mut self, leaf: u64) {
+        self.root.get_or_insert_with(|| Xxh64::new(0)).update(&leaf.to_le_bytes());
+        self.count += 1;
+    }
+
+    fn end(mut self) -> Digest {
+        if let Some((leaf, _)) = self.begun.take() {
+            self.push(leaf.digest());
+        }
+        Digest(self.root.unwrap_or_else(|| Xxh64::new(0)).digest())
     }
 }
 
@@ -72,6 +125,14 @@ mod tests {
         ];
         for (count, digest) in expected {
             assert_eq!(Digest::of(&bytes(count)), Digest(digest), "{count} bytes");
+        }
+    }
+
+    #[test]
+    fn where_the_parts_begin_does_not_matter() {
+        let whole = bytes(3 * Digest::LEAF + 100);
+        for part in [1, 7, 1000, Digest::LEAF - 1, Digest::LEAF, Digest::LEAF + 1, 9000] {
+            assert_eq!(Digest::of_parts(whole.chunks(part)), Digest::of(&whole), "parts of {part}");
         }
     }
 

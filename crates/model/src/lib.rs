@@ -21,6 +21,6 @@ pub use error::Error;
 pub use fingerprint::weights_fingerprint;
 pub use generation::GenerationDefaults;
 pub use pool::KvSize;
-pub use random::random_directory;
+pub use random::{random_directory, random_model};
 pub use rope::{Rope, Yarn};
 pub use runner::{Launched, Model, ModelRunner, RunnerOptions};

@@ -22,16 +22,25 @@ pub(crate) struct RandomWeights {
 pub fn random_directory(path: &Path, seed: u64) -> Result<Directory, Error> {
     let file = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
     let config = Config::parse(&file, &read_text(&file)?)?;
+    Ok(directory(file.parent().unwrap_or(Path::new(".")), config, seed))
+}
+
+/// The same of a config.json that is no file.
+pub fn random_model(config: &str, seed: u64) -> Result<Directory, Error> {
+    let path = Path::new("config.json");
+    Ok(directory(Path::new("."), Config::parse(path, config)?, seed))
+}
+
+fn directory(path: &Path, config: Config, seed: u64) -> Directory {
     let weights = RandomWeights::new(&config, seed);
-    let dir = file.parent().unwrap_or(Path::new(".")).to_path_buf();
-    Ok(Directory {
-        path: dir,
+    Directory {
+        path: path.to_path_buf(),
         config,
         generation: GenerationDefaults::default(),
         mtp_tensors: 0,
         unexpected_tensors: 0,
         weights: crate::directory::Weights::Random(weights),
-    })
+    }
 }
 
 impl RandomWeights {

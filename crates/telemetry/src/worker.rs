@@ -10,6 +10,10 @@ pub struct Metrics {
     pub kv_blocks: Gauges,
     /// By transport. Counted where bytes land, so that a sum over workers counts each once.
     pub handoff_bytes: Counters,
+    /// Blocks refused on arrival, by transport: not the bytes that their digest names.
+    pub handoff_refused: Counters,
+    /// Blocks that had not landed in time, by transport.
+    pub handoff_overdue: Counters,
     /// From first offer to last accept.
     pub handoff_seconds: Histogram,
     /// By outcome.
@@ -26,6 +30,8 @@ impl Metrics {
         let metrics = Metrics {
             kv_blocks: Gauges::default(),
             handoff_bytes: Counters::default(),
+            handoff_refused: Counters::default(),
+            handoff_overdue: Counters::default(),
             handoff_seconds: Buckets::REQUEST.histogram(),
             handoffs: Counters::default(),
             step_seconds: histograms(Buckets::STEP),
@@ -46,6 +52,14 @@ impl Metrics {
         self.handoff_bytes.get_or_create(&vec![("transport", transport.to_owned())]).inc_by(bytes);
     }
 
+    pub fn count_refused(&self, transport: &str, blocks: u64) {
+        self.handoff_refused.get_or_create(&vec![("transport", transport.to_owned())]).inc_by(blocks);
+    }
+
+    pub fn count_overdue(&self, transport: &str, blocks: u64) {
+        self.handoff_overdue.get_or_create(&vec![("transport", transport.to_owned())]).inc_by(blocks);
+    }
+
     pub fn count_handoff(&self, outcome: &str) {
         self.handoffs.get_or_create(&vec![("outcome", outcome.to_owned())]).inc();
     }
@@ -60,6 +74,16 @@ impl Metrics {
         let m = self.clone();
         registry.register("baton_kv_blocks", "Blocks of the KV cache, by role and state", m.kv_blocks);
         registry.register("baton_handoff_bytes", "KV bytes handed over, by transport", m.handoff_bytes);
+        registry.register(
+            "baton_handoff_blocks_refused",
+            "Blocks refused on arrival, their bytes not being those that left, by transport",
+            m.handoff_refused,
+        );
+        registry.register(
+            "baton_handoff_blocks_overdue",
+            "Blocks whose bytes had not landed in time, by transport",
+            m.handoff_overdue,
+        );
         registry.register("baton_handoff_seconds", "From first offer to last accept", m.handoff_seconds);
         registry.register("baton_handoffs", "Hand-offs ended, by outcome", m.handoffs);
         registry.register("baton_step_seconds", "One forward pass, by kind of batch", m.step_seconds);

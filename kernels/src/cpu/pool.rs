@@ -3,7 +3,7 @@
 
 use crate::Error;
 use bytes::Bytes;
-use kv::{BlockId, KvError, KvLayout};
+use kv::{BlockId, Digest, KvError, KvLayout};
 use rayon::prelude::*;
 
 pub struct KvPool {
@@ -52,16 +52,22 @@ impl KvPool {
     }
 
     pub fn read(&self, block: BlockId, rows: u32) -> Result<Bytes, KvError> {
+        let mut payload = Vec::with_capacity(self.layout.payload_bytes(rows));
+        self.layers(block, rows)?.for_each(|layer| payload.extend_from_slice(layer));
+        Ok(Bytes::from(payload))
+    }
+
+    /// Of the rows as they lie here.
+    pub fn digest(&self, block: BlockId, rows: u32) -> Result<Digest, KvError> {
+        Ok(Digest::of_parts(self.layers(block, rows)?))
+    }
+
+    /// The bytes of the first `rows` tokens of each layer.
+    fn layers(&self, block: BlockId, rows: u32) -> Result<impl Iterator<Item = &[u8]>, KvError> {
         self.check(block)?;
         let elements = self.elements(rows)?;
-        let mut payload = vec![0; self.layout.payload_bytes(rows)];
-        for (layer, bytes) in payload.chunks_exact_mut((elements * 4).max(1)).enumerate() {
-            let values = &self.block(block, layer)[..elements];
-            for (bytes, value) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(values) {
-                *bytes = value.to_le_bytes();
-            }
-        }
-        Ok(Bytes::from(payload))
+        let layers = 0..self.layout.layers as usize;
+        Ok(layers.map(move |layer| bytes(&self.block(block, layer)[..elements])))
     }
 
     pub fn write(&mut self, block: BlockId, rows: u32, payload: &[u8]) -> Result<(), KvError> {
@@ -72,10 +78,8 @@ impl KvPool {
         }
         for layer in 0..self.layout.layers as usize {
             let start = self.offset(block, layer);
-            let bytes = payload[layer * elements * 4..].as_chunks::<4>().0;
-            for (value, bytes) in self.values[start..][..elements].iter_mut().zip(bytes) {
-                *value = f32::from_le_bytes(*bytes);
-            }
+            let from = &payload[layer * elements * 4..][..elements * 4];
+            bytes_mut(&mut self.values[start..][..elements]).copy_from_slice(from);
         }
         Ok(())
     }
@@ -102,6 +106,19 @@ impl KvPool {
     }
 }
 
+// Payloads are little-endian, and memory is copied as it lies.
+const _: () = assert!(cfg!(target_endian = "little"));
+
+fn bytes(values: &[f32]) -> &[u8] {
+    // SAFETY: any four bytes of an f32 are bytes.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+fn bytes_mut(values: &mut [f32]) -> &mut [u8] {
+    // SAFETY: and any four bytes are an f32.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,6 +136,7 @@ mod tests {
         }
         let payload = from.read(3, 2).unwrap();
         assert_eq!(payload.len(), from.layout().payload_bytes(2));
+        assert_eq!(from.digest(3, 2).unwrap(), Digest::of(&payload));
         let mut to = pool();
         to.write(1, 2, &payload).unwrap();
         assert_eq!(to.block(1, 1)[..6], [10.0, 10.0, 10.0, 11.0, 11.0, 11.0]);

@@ -15,6 +15,7 @@ pub mod gate;
 mod graphs;
 mod host;
 pub mod linear;
+mod link;
 mod memory;
 mod mla;
 pub mod moe;
@@ -25,6 +26,8 @@ mod scratch;
 pub mod step;
 mod transfer;
 mod weights;
+
+pub use link::{LinkRates, link_rates};
 
 use crate::Error;
 use device::Device;

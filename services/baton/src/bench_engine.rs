@@ -3,9 +3,10 @@
 
 mod report;
 
+use crate::machine::Machine;
 use anyhow::Context;
 use clap::Parser;
-use report::{Machine, Report};
+use report::Report;
 use std::{path::PathBuf, process::ExitCode};
 use worker::measure::{self, Case};
 

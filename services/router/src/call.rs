@@ -29,6 +29,19 @@ pub struct Failure {
     pub lost: bool,
 }
 
+impl Failure {
+    /// The worker leaves in good order: nobody's fault.
+    pub fn is_draining(&self) -> bool {
+        self.error.code() == ErrorCode::Draining
+    }
+
+    /// A prefill member's word about decode: either of them, or the way between them, may be at fault.
+    pub fn is_between_workers(&self) -> bool {
+        use ErrorCode::{Digest, PeerLost, StaleEpoch, UnknownReservation};
+        matches!(self.error.code(), PeerLost | UnknownReservation | StaleEpoch | Digest)
+    }
+}
+
 /// Events of a worker as they come.
 pub struct Listening<E> {
     events: BoxStream<'static, Result<E, Status>>,
@@ -144,7 +157,8 @@ impl<E: Event + Send + 'static> Listening<E> {
 
     fn beat(&mut self, beat: &Heartbeat) -> Result<(), Failure> {
         let now = self.since.elapsed();
-        self.liveness.heartbeat(beat.step, beat.working, now);
+        let longest = Duration::from_millis(beat.longest_step_ms.into());
+        self.liveness.heartbeat(beat.step, beat.working, longest, now);
         match self.liveness.verdict(now) {
             Verdict::Stuck => Err(self.lost(ErrorCode::WorkerLost, "has work, but its engine stands still")),
             Verdict::Alive | Verdict::Silent => Ok(()),

@@ -9,12 +9,13 @@ use crate::{
     config::ms,
     metrics::Metrics,
     policy::Credits,
+    probe,
     service::{Events, Service},
 };
 use futures::StreamExt;
 use membership::View;
 use proto::{
-    DecodeCall, DecodeEvent, Error, ErrorCode, FinishReason, GenerateRequest, Heartbeat, Load, Member,
+    DecodeCall, DecodeEvent, Dial, Error, ErrorCode, FinishReason, GenerateRequest, Heartbeat, Load, Member,
     PrefillEvent, PrefillRequest, Role, Sampling, Sequence, Stop, Token, decode_call::Call,
     decode_event::Event as D, decode_server, generate_event::Event, prefill_event::Event as P,
     prefill_server, router_server::Router as _,
@@ -153,7 +154,7 @@ impl Out<DecodeEvent> {
     }
 
     async fn stuck(&self) {
-        while self.say(D::Heartbeat(Heartbeat { step: 7, working: true })).await {
+        while self.say(D::Heartbeat(Heartbeat { step: 7, working: true, ..Heartbeat::default() })).await {
             sleep(Duration::from_millis(20)).await;
         }
     }
@@ -264,7 +265,7 @@ impl Fake {
                     _ => return None,
                 },
                 Some((of, first)) = commits.recv() => if of == epoch { return Some(first) },
-                _ = pulse.tick() => { out.say(D::Heartbeat(Heartbeat { step: 0, working: false })).await; }
+                _ = pulse.tick() => { out.say(D::Heartbeat(Heartbeat::default())).await; }
             }
         }
     }
@@ -286,6 +287,7 @@ impl Fake {
                 let beat = P::Heartbeat(Heartbeat {
                     step: self.world.next.fetch_add(1, Ordering::Relaxed),
                     working: true,
+                    ..Heartbeat::default()
                 });
                 if !say(beat).await {
                     return;
@@ -361,7 +363,8 @@ pub fn config() -> Config {
     config.queue.timeout_ms = 10_000;
     config.liveness.silence_ms = 400;
     config.liveness.heartbeat_ms = 50;
-    config.members.suspect_ms = 100;
+    config.members.probe_ms = 20;
+    config.members.retry_ms = 20;
     config.members.refusal_ms = 50;
     config
 }
@@ -378,6 +381,8 @@ impl Bench {
         bench.view(&bench.members);
         let admission = bench.shared.admission.clone();
         tokio::spawn(async move { admission.run().await });
+        let shared = bench.shared.clone();
+        tokio::spawn(async move { probe::run(&shared).await });
         bench
     }
 
@@ -413,7 +418,6 @@ impl Bench {
 fn shared(config: Config) -> Shared {
     let cluster = Cluster::new(cluster::Settings {
         credits: Credits { tokens: config.prefill.tokens, requests: config.prefill.requests },
-        suspect: ms(config.members.suspect_ms),
         refusal: ms(config.members.refusal_ms),
         prefix_blocks: config.members.prefix_blocks,
     });

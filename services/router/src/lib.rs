@@ -14,6 +14,7 @@ mod path;
 mod placed;
 mod policy;
 mod prefixes;
+mod probe;
 mod queue;
 mod request;
 mod serve;

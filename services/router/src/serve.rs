@@ -9,6 +9,7 @@ use crate::{
     config::ms,
     metrics::Metrics,
     policy::Credits,
+    probe,
     service::Service,
 };
 use axum::serve::Listener;
@@ -99,6 +100,7 @@ impl Router {
             result = admin::serve(admin, registry, ready, axum::Router::new(), std::future::pending()) => Ok(result?),
             () = follow(&shared, source.watch(), readiness) => Ok(()),
             () = shared.admission.run() => Ok(()),
+            () = probe::run(&shared) => Ok(()),
         }
     }
 }
@@ -106,7 +108,6 @@ impl Router {
 fn shared(config: Config, dial: Dial, registry: &mut Registry) -> Shared {
     let cluster = Cluster::new(cluster::Settings {
         credits: Credits { tokens: config.prefill.tokens, requests: config.prefill.requests },
-        suspect: ms(config.members.suspect_ms),
         refusal: ms(config.members.refusal_ms),
         prefix_blocks: config.members.prefix_blocks,
     });

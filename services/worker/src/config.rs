@@ -80,8 +80,10 @@ pub struct Config {
     pub handoff: Handoff,
     /// Time of a step on the backend `sim`.
     pub simulated: simulated::Cost,
-    /// Longest wait for running sequences when the worker is told to stop.
+    /// When the worker is told to leave: how long running sequences may go on here before they go on elsewhere.
     pub drain_ms: u64,
+    /// After that, how long blocks on offer may wait to be accepted.
+    pub handover_ms: u64,
     pub debug: Debug,
 }
 
@@ -103,6 +105,9 @@ pub struct Liveness {
     pub silence_ms: u64,
     /// How long a reservation waits for a delivery to open, or for the router after one was lost.
     pub reservation_ms: u64,
+    /// How long a block's bytes may take to land. A block into which something still writes when its reservation ends
+    /// is quarantined; over RDMA for at most this long, then what writes is destroyed.
+    pub landing_ms: u64,
     /// A router that takes no event for this long is given up.
     pub stalled_ms: u64,
 }
@@ -156,6 +161,7 @@ impl Default for Config {
             handoff: Handoff::default(),
             simulated: simulated::Cost::default(),
             drain_ms: 5_000,
+            handover_ms: 2_000,
             debug: Debug::default(),
         }
     }
@@ -163,7 +169,13 @@ impl Default for Config {
 
 impl Default for Liveness {
     fn default() -> Self {
-        Liveness { heartbeat_ms: 1_000, silence_ms: 10_000, reservation_ms: 30_000, stalled_ms: 30_000 }
+        Liveness {
+            heartbeat_ms: 1_000,
+            silence_ms: 10_000,
+            reservation_ms: 30_000,
+            landing_ms: 10_000,
+            stalled_ms: 30_000,
+        }
     }
 }
 
@@ -189,6 +201,7 @@ impl Config {
             ("kv_blocks", self.kv_blocks.map_or(1, u64::from)),
             ("kv_cache_mb", self.kv_cache_mb.unwrap_or(1)),
             ("liveness.heartbeat_ms", self.liveness.heartbeat_ms),
+            ("liveness.landing_ms", self.liveness.landing_ms),
             ("handoff.tries", u64::from(self.handoff.tries)),
         ] {
             if value == 0 {
@@ -229,6 +242,7 @@ impl Config {
         Patience {
             silence: Duration::from_millis(self.liveness.silence_ms),
             delivery: Duration::from_millis(self.liveness.reservation_ms),
+            landing: Duration::from_millis(self.liveness.landing_ms),
         }
     }
 

@@ -10,12 +10,15 @@ use crate::{
 use engine::{Event, FirstToken, Reservation, Running, SequenceSpec};
 use handoff::{
     digest,
-    receive::{Incoming, Outcome, Plan},
+    receive::{Inbox, Incoming, Outcome, Plan},
     receiver::Answer,
 };
 use proto::{DecodeEvent, Error, ErrorCode, decode_call::Call as Ask, decode_event::Event as Wire};
 use std::{sync::Arc, time::Duration};
-use telemetry::trace;
+use telemetry::{
+    phase::{self, Phase},
+    trace,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
@@ -84,6 +87,7 @@ impl Life {
 
     async fn live(&mut self, start: proto::DecodeStart) -> Result<(), Stop> {
         let shared = self.call.shared.clone();
+        shared.check_member(&start.member)?;
         shared.admit()?;
         check_role(&shared, start.prefill_here)?;
         let spec = shared.bounds.spec(start.sequence, start.forced)?;
@@ -112,39 +116,35 @@ impl Life {
             weights_fingerprint: shared.weights_fingerprint,
             patience: shared.config.patience(),
         };
-        let commit = self.receive(plan).await?;
-        match commit {
-            Outcome::Complete(commit) => self.decode(reservation, commit).await,
-            Outcome::Finished(commit) => {
-                drop(reservation);
-                self.finished_at_once(commit).await
-            }
-            Outcome::Expired => Err(Error::new(ErrorCode::Deadline, "no prefill delivered in time").into()),
-        }
-    }
-
-    /// Until everything is here. However it ends, nothing writes into the blocks any more.
-    async fn receive(&mut self, plan: Plan) -> Result<Outcome, Stop> {
-        let shared = self.call.shared.clone();
-        let (present, needed) = (plan.present, plan.bindings.len() as u32);
+        let (blocks_present, blocks_needed) = (plan.present, plan.bindings.len() as u32);
+        let reserved = proto::Reserved { blocks_present, blocks_needed, ..Default::default() };
         let engine = shared.engine.clone();
         let (mut incoming, inbox) =
             Incoming::new(plan, shared.memory.clone(), move || engine.last_submitted());
-        let entry = shared.reservations.insert(inbox)?;
-        let reserved = proto::Reserved {
-            reservation: entry.id(),
-            epoch: incoming.epoch(),
-            blocks_present: present,
-            blocks_needed: needed,
-        };
-        let outcome = match self.emit(Wire::Reserved(reserved)).await {
-            Ok(()) => self.attend(&mut incoming, &entry).await,
-            Err(stop) => Err(stop),
-        };
-        drop(entry);
+        let outcome = self.receive(&mut incoming, inbox, reserved).await;
         shared.metrics.handed_off(&incoming.received(), &outcome);
-        incoming.close().await;
-        outcome
+        let reservation = settle(&shared, reservation, incoming).await;
+        match (outcome?, reservation) {
+            (Outcome::Complete(commit), Some(reservation)) => self.decode(reservation, commit).await,
+            (Outcome::Finished(commit), reservation) => {
+                drop(reservation);
+                self.finished_at_once(commit).await
+            }
+            _ => Err(Error::new(ErrorCode::Deadline, "no prefill delivered in time").into()),
+        }
+    }
+
+    /// Until everything is here, or nothing will be.
+    async fn receive(
+        &mut self,
+        incoming: &mut Incoming,
+        inbox: Inbox,
+        reserved: proto::Reserved,
+    ) -> Result<Outcome, Stop> {
+        let entry = self.call.shared.reservations.insert(inbox)?;
+        let (reservation, epoch) = (entry.id(), incoming.epoch());
+        self.emit(Wire::Reserved(proto::Reserved { reservation, epoch, ..reserved })).await?;
+        self.attend(incoming, &entry).await
     }
 
     async fn attend(&mut self, incoming: &mut Incoming, entry: &Entry) -> Result<Outcome, Stop> {
@@ -188,9 +188,11 @@ impl Life {
 
     /// Passes on what the engine says, to the end.
     async fn stream(&mut self, mut running: Running) -> Result<(), Stop> {
+        let mut at = Phase::Committed;
         loop {
             tokio::select! {
-                event = running.events.recv() => {
+                event = phase::after(at, running.events.recv()) => {
+                    at = Phase::Decoding;
                     if self.pass(event).await? {
                         return Ok(());
                     }
@@ -261,6 +263,19 @@ impl Life {
             }
         }
     }
+}
+
+/// Ends the hand-off. The reservation, unless something still writes into its blocks: these are then quarantined until
+/// it has ended, and the others free.
+async fn settle(shared: &Arc<Shared>, reservation: Reservation, incoming: Incoming) -> Option<Reservation> {
+    let Some(unsettled) = incoming.close() else { return Some(reservation) };
+    let quarantine = reservation.quarantine(unsettled.writing()).await;
+    let metrics = shared.metrics.clone();
+    shared.spawn(async move {
+        metrics.overdue(unsettled.settle().await);
+        drop(quarantine);
+    });
+    None
 }
 
 fn invalid(message: &str) -> Stop {

@@ -18,4 +18,6 @@ pub enum Error {
     Engine(String),
     #[error("the gRPC port failed: {0}")]
     Serve(String),
+    #[error("the hand-off cannot be measured: {0}")]
+    Measure(String),
 }

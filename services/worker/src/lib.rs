@@ -9,6 +9,8 @@ mod convert;
 mod decode;
 mod deliveries;
 mod error;
+pub mod handoff_speed;
+mod leave;
 mod load;
 pub mod measure;
 mod member;

@@ -8,11 +8,13 @@ use crate::{
     shared::Identity,
     simulated,
 };
-use engine::{EngineConfig, EngineHandle, ModelExecutor, StepRecord, simulated::SimExecutor};
+use engine::{EngineConfig, EngineHandle, Executor, ModelExecutor, StepRecord, simulated::SimExecutor};
 use kernels::{
-    Backend, CudaBackend,
+    Backend, CudaBackend, Random,
     cpu::{CpuBackend, CpuOptions},
+    cuda::{LinkRates, link_rates},
 };
+use kv::KvMemory;
 use model::{KvSize, ModelRunner, RunnerOptions};
 use std::{path::Path, sync::Arc, time::Instant};
 use tokio::sync::oneshot;
@@ -74,6 +76,37 @@ pub(crate) fn measure(options: &measure::Options) -> Result<Measured, Error> {
         }
         other => Err(Error::Backend(other.to_owned())),
     }
+}
+
+/// The KV pool of a backend with a model of random weights, `config` being its config.json: for measuring transfers.
+pub(crate) fn pool(backend: &str, config: &str, blocks: u32) -> Result<Arc<dyn KvMemory>, Error> {
+    let directory = model::random_model(config, 1)?;
+    match backend {
+        "cuda" => open_pool(&directory, CudaBackend::new(0).map_err(model::Error::from)?, blocks),
+        "cpu" => {
+            let backend = CpuBackend::new(CpuOptions::default()).map_err(model::Error::from)?;
+            open_pool(&directory, backend, blocks)
+        }
+        other => Err(Error::Backend(other.to_owned())),
+    }
+}
+
+fn open_pool<B: Backend>(
+    directory: &model::Directory,
+    backend: B,
+    blocks: u32,
+) -> Result<Arc<dyn KvMemory>, Error> {
+    let options =
+        RunnerOptions { kv: KvSize::Blocks(blocks), max_step_tokens: 64, ..RunnerOptions::default() };
+    let mut runner = ModelRunner::open(directory, backend, options)?;
+    runner.randomize_pool(Random { key: 1, std: 1.0 }).map_err(model::Error::from)?;
+    Ok(ModelExecutor::new(runner, None).map_err(Error::Thread)?.kv_memory())
+}
+
+/// Rates of the link to the device, where there is one.
+pub(crate) fn link(backend: &str, bytes: usize) -> Result<Option<LinkRates>, Error> {
+    let rates = (backend == "cuda").then(|| link_rates(0, bytes));
+    Ok(rates.transpose().map_err(model::Error::from)?)
 }
 
 fn launch<B: Backend>(config: &Config, backend: B, kv: KvSize, on_step: OnStep) -> Result<Loaded, Error> {

@@ -19,6 +19,8 @@ impl Metrics {
     pub fn new(role: Role, registry: &mut Registry) -> Self {
         let inner = worker::Metrics::new(registry);
         inner.count_bytes(TRANSPORT, 0);
+        inner.count_refused(TRANSPORT, 0);
+        inner.count_overdue(TRANSPORT, 0);
         Metrics { role: role.name(), inner }
     }
 
@@ -42,10 +44,17 @@ impl Metrics {
 
     pub fn handed_off(&self, received: &Received, outcome: &Result<Outcome, Stop>) {
         self.inner.count_bytes(TRANSPORT, received.bytes);
+        self.inner.count_refused(TRANSPORT, received.refused.into());
+        self.overdue(received.overdue);
         self.inner.count_handoff(label(outcome));
         if received.blocks > 0 && matches!(outcome, Ok(Outcome::Complete(_))) {
             self.inner.handoff_seconds.observe(received.elapsed.as_secs_f64());
         }
+    }
+
+    /// Blocks that took longer to land than they may.
+    pub fn overdue(&self, blocks: u32) {
+        self.inner.count_overdue(TRANSPORT, blocks.into());
     }
 }
 

@@ -4,6 +4,7 @@ use crate::{
     Config, Error,
     decode::DecodeService,
     deliveries::HandoffService,
+    leave,
     load::{self, Loaded, OnStep},
     member::{self, Addresses},
     metrics::Metrics,
@@ -24,7 +25,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use telemetry::{Readiness, Registry, admin};
+use telemetry::{Readiness, Registry, admin, phase};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
@@ -32,6 +33,7 @@ use tokio::{
     task::JoinHandle,
 };
 use tokio_stream::{Stream, wrappers::TcpListenerStream};
+use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 
 /// Longest wait for connections to close once nothing runs on them.
@@ -74,7 +76,15 @@ where
     let metrics = Metrics::new(config.role, &mut registry);
     let (ready, readiness) = watch::channel(Readiness::not("loading the model"));
     let (current, pool) = watch::channel(None);
-    let admin = Server::spawn(|stop| admin::serve(admin, registry, readiness, pool::router(pool), stop));
+    let asked = CancellationToken::new();
+    let routes = pool::router(pool).merge(leave::router(asked.clone())).merge(phase::routes());
+    let admin = Server::spawn(|stop| admin::serve(admin, registry, readiness, routes, stop));
+    let shutdown = async {
+        tokio::select! {
+            () = shutdown => {}
+            () = asked.cancelled() => {}
+        }
+    };
     tokio::pin!(shutdown);
     let on_step = {
         let metrics = metrics.clone();
@@ -237,7 +247,10 @@ impl Worker {
         };
         self.ready.send_replace(Readiness::not("leaving the cluster"));
         registration.update(|member| member.draining = true);
-        shared.drain(Duration::from_millis(shared.config.drain_ms)).await;
+        tokio::select! {
+            () = shared.drain() => {}
+            () = member::tell_load(&registration, &shared) => {}
+        }
         registration.leave().await;
         self.server.stop().await;
         outcome

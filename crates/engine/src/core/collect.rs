@@ -27,6 +27,7 @@ impl Core {
             )));
         }
         self.collected = step;
+        self.longest_step = self.longest_step.max(output.elapsed);
         for (part, entry) in prepared.parts.iter().zip(output.entries) {
             self.settle(part, entry)?;
         }

@@ -27,13 +27,15 @@ pub(super) enum State {
     Running,
     /// Computed; holds only what is on offer.
     Offering,
+    /// A reservation that ended under writes: its blocks are nobody's until its listener goes.
+    Quarantined,
 }
 
 impl State {
     /// As what the block table is held.
     pub fn holder(self) -> Option<Holder> {
         match self {
-            State::Waiting | State::Offering => None,
+            State::Waiting | State::Offering | State::Quarantined => None,
             State::Reserved => Some(Holder::Reservation),
             State::Running => Some(Holder::Sequence),
         }

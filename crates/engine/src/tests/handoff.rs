@@ -166,6 +166,26 @@ async fn offers_hold_blocks_until_released_and_others_wait_for_them() {
 }
 
 #[tokio::test]
+async fn blocks_that_are_being_written_into_are_nobodys_when_their_reservation_ends() {
+    let engine = start(
+        SimOptions { blocks: 10, ..taking(1) },
+        EngineConfig { prefix_cache: false, ..role(Role::Decode) },
+    );
+    let reservation = engine.reserve(spec(prompt(1, 38), 2)).await.expect("room");
+    assert_eq!(reservation.blocks.len(), 10);
+    let quarantine = reservation.quarantine(vec![3, 7]).await;
+    let counts = engine.check_pool().await.expect("consistent");
+    assert_eq!((counts.held, counts.quarantined, counts.free), (0, 2, 8));
+    assert!(matches!(engine.reserve(spec(prompt(1, 38), 2)).await, Err(Refused::Full(_))), "8 are left");
+    let other = engine.reserve(spec(prompt(1, 30), 2)).await.expect("nobody else is in the way");
+    drop(quarantine);
+    let counts = engine.check_pool().await.expect("consistent");
+    assert_eq!((counts.held, counts.quarantined, counts.free), (8, 0, 2));
+    drop(other);
+    assert_idle(&engine).await;
+}
+
+#[tokio::test]
 async fn a_forced_token_is_told_and_never_sampled() {
     let engine = start(small(), role(Role::Prefill));
     let forced = SequenceSpec { forced: Some(42), ..spec(prompt(1, 21), 5) };
