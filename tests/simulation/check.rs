@@ -5,6 +5,10 @@ use crate::{
     cluster::Cluster,
     workload::{Ask, probe},
 };
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty};
+use hyper::{Request, client::conn::http1};
+use hyper_util::rt::TokioIo;
 use proto::{StatusReply, StatusRequest, router_client::RouterClient};
 use std::{collections::BTreeMap, time::Duration};
 use tokio::time::{Instant, sleep, timeout};
@@ -72,7 +76,8 @@ async fn statuses(cluster: &Cluster) -> BTreeMap<String, StatusReply> {
 
 /// Of a request, beside what an undisturbed cluster answers.
 pub fn outcome(ask: &Ask, outcome: &Outcome, right: &Answer, calm: bool) -> Result<(), String> {
-    let broken = |what: &str| Err(format!("{}: {what}\n  right would be {right:?}\n  it {outcome}", ask.name));
+    let broken =
+        |what: &str| Err(format!("{}: {what}\n  right would be {right:?}\n  it {outcome}", ask.name));
     match outcome {
         Outcome::Odd(_) => broken("neither an answer nor an error"),
         Outcome::Answered(answer) if answer != right => broken("another answer"),
@@ -118,8 +123,44 @@ async fn held(cluster: &Cluster) -> Option<String> {
     if statuses.len() as u64 != cluster.shape.routers {
         return Some("a router does not answer".to_owned());
     }
-    let busy = statuses.iter().find(|(_, status)| status.running > 0 || status.queue.iter().any(|q| q.depth > 0));
+    let busy =
+        statuses.iter().find(|(_, status)| status.running > 0 || status.queue.iter().any(|q| q.depth > 0));
     busy.map(|(name, status)| format!("{name}: {} running, {:?} queued", status.running, status.queue))
+}
+
+/// What services count of themselves, summed over those that live: how often the ways were taken that faults
+/// lead to.
+pub async fn counts(cluster: &Cluster) -> Result<BTreeMap<String, u64>, String> {
+    let mut counts = BTreeMap::new();
+    for name in cluster.shape.names().iter().filter(|name| !name.starts_with('g')) {
+        for line in metrics(cluster, name).await.unwrap_or_default().lines() {
+            let Some((metric, value)) = line.rsplit_once(' ') else { continue };
+            if COUNTED.iter().any(|counted| metric.starts_with(counted)) {
+                *counts.entry(metric.to_owned()).or_default() += value.parse().unwrap_or(0);
+            }
+        }
+    }
+    counts.retain(|_, count| *count > 0);
+    match counts.get(DISORDER) {
+        Some(count) => {
+            Err(format!("{count} tokens were lost, repeated or contradicted between workers and routers"))
+        }
+        None => Ok(counts),
+    }
+}
+
+const DISORDER: &str = "baton_router_token_order_violations_total";
+const COUNTED: [&str; 4] =
+    [DISORDER, "baton_migrations_total", "baton_handoffs_total", "baton_router_placements_total"];
+
+async fn metrics(cluster: &Cluster, name: &str) -> anyhow::Result<String> {
+    let conn = cluster.net.dial("observer", &format!("{name}:7001")).await?;
+    let (mut sender, connection) = http1::handshake::<_, Empty<Bytes>>(TokioIo::new(conn)).await?;
+    let driving = tokio::spawn(connection);
+    let request = Request::get("/metrics").header("host", name).body(Empty::new())?;
+    let body = sender.send_request(request).await?.into_body().collect().await?.to_bytes();
+    driving.abort();
+    Ok(String::from_utf8(body.to_vec())?)
 }
 
 /// A cluster that is whole again serves, within `patience`.
@@ -129,7 +170,9 @@ pub async fn serves(cluster: &Cluster, patience: Duration) -> Result<Duration, S
         let outcome = send(&cluster.net, &probe(number)).await;
         match outcome {
             Outcome::Answered(_) => return Ok(began.elapsed()),
-            _ if began.elapsed() > patience => return Err(format!("serves nothing after {patience:?}: {outcome}")),
+            _ if began.elapsed() > patience => {
+                return Err(format!("serves nothing after {patience:?}: {outcome}"));
+            }
             _ => sleep(Duration::from_millis(200)).await,
         }
     }

@@ -1,5 +1,5 @@
-//! One request over HTTP, to its end: an answer, an error that says what it is, or a client that left. Whatever else happens
-//! is none of these, and told as it was.
+//! One request over HTTP, to its end: an answer, an error that says what it is, or a client that left.
+//! Whatever else happens is none of these, and told as it was.
 
 use crate::{
     cluster::GATEWAY,
@@ -101,8 +101,8 @@ async fn stream(mut body: Incoming, leaves_after: Option<u64>) -> anyhow::Result
         let Some(frame) = body.frame().await else {
             anyhow::bail!("the stream ended after {events} events without [DONE] or an error: {answer:?}")
         };
-        let data = frame?.into_data().unwrap_or_default();
-        buffer.push_str(std::str::from_utf8(&data)?);
+        let bytes = frame?.into_data().unwrap_or_default();
+        buffer.push_str(std::str::from_utf8(&bytes)?);
         while let Some((event, rest)) = buffer.split_once("\n\n") {
             let event = event.strip_prefix("data: ").map(str::to_owned);
             buffer = rest.to_owned();
@@ -158,7 +158,8 @@ fn logprobs(told: &Value) -> Vec<String> {
         return list("content").iter().map(Value::to_string).collect();
     }
     let (tokens, own, top) = (list("tokens"), list("token_logprobs"), list("top_logprobs"));
-    let one = |(at, token): (usize, &Value)| format!("{token} {} {}", own[at], top.get(at).unwrap_or(&Value::Null));
+    let one =
+        |(at, token): (usize, &Value)| format!("{token} {} {}", own[at], top.get(at).unwrap_or(&Value::Null));
     tokens.iter().enumerate().map(one).collect()
 }
 

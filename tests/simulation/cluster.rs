@@ -1,6 +1,7 @@
-//! A cluster on the simulated network: the real gateway, routers and workers, each on a host of its own, with a membership
-//! in the same process. A host can be killed: what it says from then on reaches nobody, and what its tasks still do is of no
-//! consequence. It can be started again, at the same address, as another incarnation.
+//! A cluster on the simulated network: the real gateway, routers and workers, each on a host of its own, with
+//! a membership in the same process. A host can be killed: what it says from then on reaches nobody, and what
+//! its tasks still do is of no consequence. It can be started again, at the same address, as another
+//! incarnation.
 
 use crate::{
     device::{Broken, Controls, Device},
@@ -9,13 +10,12 @@ use crate::{
     shape::Shape,
 };
 use engine::EngineHandle;
-use membership::Memory;
+use membership::{Membership, Memory};
 use std::{
     collections::BTreeMap,
     io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, OnceLock},
-    time::Duration,
 };
 use tokio::{
     sync::{oneshot, watch},
@@ -107,9 +107,7 @@ impl Cluster {
         let Some(mut host) = self.hosts.lock().expect("sound").live.remove(name) else { return };
         self.net.journal.note(&host.id, "is told to stop");
         drop(host.stop.take());
-        let ended = host.task.await;
-        self.net.journal.note(&host.id, format!("has stopped: {ended:?}"));
-        self.net.kill(&host.id);
+        let _ = host.task.await;
     }
 
     pub fn id(&self, name: &str) -> Option<String> {
@@ -142,22 +140,25 @@ impl Cluster {
     fn gateway(&self, id: &str, stop: impl Future<Output = ()> + Send + 'static) -> Running {
         let [public, admin] = [GATEWAY, "gateway:8001"].map(|at| Listener(self.net.listen(id, at)));
         let server = gateway::Server::on(self.shape.gateway(), &self.net.dialing(id), public, admin);
-        run(async move { server.map_err(|e| e.to_string())?.serve(stop).await.map_err(|e| e.to_string()) })
+        let server = server.expect("a configuration that works");
+        self.run(id, async move { server.serve(stop).await.map_err(|error| error.to_string()) })
     }
 
     fn router(&self, id: &str, name: &str, stop: impl Future<Output = ()> + Send + 'static) -> Running {
-        let members = self.members.client(id, self.shape.lag);
-        let router = router::Router::of(self.shape.router(), members, self.net.dialing(id));
         let (incoming, admin) = self.ports(id, name);
-        run(async move {
-            router.map_err(|e| e.to_string())?.serve(incoming, admin, stop).await.map_err(|e| e.to_string())
-        })
+        let mut router = router::Router::new(self.shape.router()).expect("a configuration that works");
+        router = router.with_dial(self.net.dialing(id));
+        if !self.shape.registry {
+            router = router.with_members(self.members.client(id, self.shape.lag));
+        }
+        self.run(id, async move { router.serve(incoming, admin, stop).await.map_err(|e| e.to_string()) })
     }
 
     fn worker_host(&self, id: &str) -> WorkerHost {
         let own = Chance::new(self.shape.seed, id).next();
         let controls = Controls {
             hung: Arc::new(watch::Sender::new(false)),
+            failing: Arc::default(),
             damage: self.shape.damage,
             broken: self.broken,
             own,
@@ -178,7 +179,7 @@ impl Cluster {
                 grpc: format!("http://{name}:7000"),
                 admin: format!("http://{name}:7001"),
             },
-            membership: self.members.client(id, self.shape.lag),
+            membership: self.membership(id),
             dial: self.net.dialing(id),
         };
         let chance = Chance::new(self.shape.seed, &format!("device of {id}"));
@@ -193,7 +194,25 @@ impl Cluster {
         };
         let (incoming, admin) = self.ports(id, name);
         let served = worker::serve(self.shape.worker(role), place, incoming, admin, load, stop);
-        run(async move { served.await.map_err(|error| error.to_string()) })
+        self.run(id, async move { served.await.map_err(|error| error.to_string()) })
+    }
+
+    fn membership(&self, id: &str) -> Arc<dyn Membership> {
+        match self.shape.registry {
+            true => membership::registry("http://router-0:7000", self.net.dialing(id)).expect("an address"),
+            false => self.members.client(id, self.shape.lag),
+        }
+    }
+
+    /// With the end of the service its process ends, and its connections with it.
+    fn run(&self, id: &str, service: impl Future<Output = Result<(), String>> + Send + 'static) -> Running {
+        let (net, id) = (self.net.clone(), id.to_owned());
+        tokio::spawn(async move {
+            let outcome = service.await;
+            net.journal.note(&id, format!("has ended: {outcome:?}"));
+            net.kill(&id);
+            outcome
+        })
     }
 
     fn ports(&self, id: &str, name: &str) -> (impl Incoming, Listener) {
@@ -207,14 +226,7 @@ type Running = JoinHandle<Result<(), String>>;
 trait Incoming: tokio_stream::Stream<Item = io::Result<crate::net::Conn>> + Send + 'static {}
 impl<I: tokio_stream::Stream<Item = io::Result<crate::net::Conn>> + Send + 'static> Incoming for I {}
 
-fn run(service: impl Future<Output = Result<(), String>> + Send + 'static) -> Running {
-    tokio::spawn(service)
-}
-
 /// The demo model's directory: its tokenizer and its shape are used, its weights are not.
 pub fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/demo/checkpoint")
 }
-
-/// What a service may take to start.
-pub const START: Duration = Duration::from_secs(5);

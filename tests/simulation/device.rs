@@ -1,5 +1,5 @@
-//! The device of a simulated worker: the real simulated executor, behind what a seed does to it. It can hang, its blocks
-//! can be damaged on the way, and it can be [`Broken`], to prove that the simulation would notice.
+//! The device of a simulated worker: the real simulated executor, behind what a seed does to it. It can hang,
+//! its blocks can be damaged on the way, and it can be [`Broken`], to prove that the simulation would notice.
 
 use crate::nature::Chance;
 use bytes::Bytes;
@@ -10,7 +10,10 @@ use engine::{
 use kernels::StepInput;
 use kv::{BlockId, KvLayout, KvMemory, Payload, StepId, Transfer};
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 use tokio::sync::watch;
@@ -28,15 +31,18 @@ pub enum Broken {
     Late,
     /// Sampling depends on the worker.
     Noise,
+    /// Some writes never end, so that blocks stay held.
+    Stuck,
 }
 
 impl Broken {
-    pub const ALL: [(&str, Broken); 5] = [
+    pub const ALL: [(&str, Broken); 6] = [
         ("digest", Broken::Digest),
         ("lost", Broken::Lost),
         ("misplaced", Broken::Misplaced),
         ("late", Broken::Late),
         ("noise", Broken::Noise),
+        ("stuck", Broken::Stuck),
     ];
 }
 
@@ -44,6 +50,8 @@ impl Broken {
 #[derive(Clone)]
 pub struct Controls {
     pub hung: Arc<watch::Sender<bool>>,
+    /// It breaks in its next step.
+    pub failing: Arc<AtomicBool>,
     /// One in so many blocks is damaged on its way out; 0: none.
     pub damage: u64,
     pub broken: Option<Broken>,
@@ -61,11 +69,8 @@ pub struct Device {
 impl Device {
     pub fn new(options: SimOptions, controls: Controls, chance: Chance) -> Self {
         let executor = SimExecutor::new(options);
-        let memory = Memory {
-            memory: executor.kv_memory(),
-            controls: controls.clone(),
-            chance: Mutex::new(chance),
-        };
+        let memory =
+            Memory { memory: executor.kv_memory(), controls: controls.clone(), chance: Mutex::new(chance) };
         Device { executor, hung: controls.hung.subscribe(), controls, memory: Arc::new(memory) }
     }
 }
@@ -82,6 +87,9 @@ impl Executor for Device {
     async fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
         // The sender lives in the controls.
         let _ = self.hung.wait_for(|hung| !hung).await;
+        if self.controls.failing.load(Ordering::Relaxed) {
+            return Err(ExecutorError("the device failed".to_owned()));
+        }
         self.executor.collect().await
     }
 
@@ -125,11 +133,11 @@ impl KvMemory for Memory {
 
     fn write(&self, block: BlockId, rows: u32, payload: Payload, after: StepId) -> Transfer<()> {
         match self.controls.broken {
-            Some(Broken::Digest) if self.once_in(8) => {
+            Some(Broken::Digest) if self.once_in(100) => {
                 self.memory.write(block, rows, Payload::new(flipped(&payload.bytes)), after)
             }
-            Some(Broken::Lost) if self.once_in(8) => done(),
-            Some(Broken::Misplaced) if self.once_in(8) => {
+            Some(Broken::Lost) if self.once_in(100) => done(),
+            Some(Broken::Misplaced) if self.once_in(100) => {
                 self.memory.write((block + 1) % self.blocks(), rows, payload, after)
             }
             Some(Broken::Late) => {
@@ -139,6 +147,11 @@ impl KvMemory for Memory {
                     let _ = memory.write(block, rows, payload, after).await;
                 });
                 done()
+            }
+            Some(Broken::Stuck) if self.once_in(100) => {
+                let (reply, never) = kv::transfer();
+                std::mem::forget(reply);
+                never
             }
             _ => self.memory.write(block, rows, payload, after),
         }

@@ -1,8 +1,8 @@
-//! What a seed does to a cluster, and when. Every fault ends by itself: what was killed is started again, what was blocked
-//! is opened, so that afterwards the cluster must be whole.
+//! What a seed does to a cluster, and when. Every fault ends by itself: what was killed is started again,
+//! what was blocked is opened, so that afterwards the cluster must be whole.
 
 use crate::{cluster::Cluster, nature::Chance, shape::Shape};
-use std::time::Duration;
+use std::{sync::atomic::Ordering, time::Duration};
 use tokio::time::sleep;
 
 #[derive(Clone, Debug)]
@@ -21,6 +21,8 @@ pub enum What {
     Terminate(String),
     /// SIGSTOP and SIGCONT.
     Pause(String),
+    /// The device breaks, and the process ends by itself; started again afterwards.
+    Fail(String),
     /// The engine stands still, the sockets do not.
     Hang(String),
     /// Nothing goes from the one to the other.
@@ -49,7 +51,7 @@ fn fault(shape: &Shape, chance: &mut Chance) -> Fault {
     let not_gateway: Vec<&String> = names.iter().filter(|name| !name.starts_with('g')).collect();
     let worker = (*chance.of(&workers)).clone();
     let (one, other) = (chance.of(&names).clone(), chance.of(&names).clone());
-    let what = match chance.within(0, 14) {
+    let what = match chance.within(0, 15) {
         0..3 => What::Kill((*chance.of(&not_gateway)).clone()),
         3 => What::Terminate(worker),
         4 | 5 => What::Pause(worker),
@@ -57,7 +59,8 @@ fn fault(shape: &Shape, chance: &mut Chance) -> Fault {
         8 | 9 => What::Block(one, other),
         10 => What::Slow(one, other, Duration::from_millis(*chance.of(&[10, 100, 400]))),
         11 => What::Cut(one, other),
-        12 => What::Unleash((*chance.of(&not_gateway)).clone()),
+        12 => What::Fail(worker),
+        13 => What::Unleash((*chance.of(&not_gateway)).clone()),
         _ => What::Outage,
     };
     let lasts = Duration::from_millis(*chance.of(&[50, 300, 1_000, 3_000, 6_000]));
@@ -81,6 +84,12 @@ pub async fn commit(cluster: Cluster, fault: Fault) {
             restart(&cluster, &name);
         }
         What::Pause(name) => pause(&cluster, &name, lasts).await,
+        What::Fail(name) => {
+            let Some(worker) = cluster.worker_named(&name) else { return };
+            worker.controls.failing.store(true, Ordering::Relaxed);
+            sleep(lasts).await;
+            cluster.replace(&name);
+        }
         What::Hang(name) => {
             let Some(worker) = cluster.worker_named(&name) else { return };
             worker.controls.hung.send_replace(true);

@@ -1,5 +1,5 @@
-//! What happened in a simulation, in order: all of it in one hash, so that two runs can be compared, and the part that a
-//! reader wants as lines.
+//! What happened in a simulation, in order: all of it in one hash, so that two runs can be compared, and the
+//! part that a reader wants as lines.
 
 use crate::nature;
 use kv::Digest;

@@ -1,9 +1,10 @@
-//! Whole clusters in one thread and in simulated time, disturbed by what a seed says, and held to what must be true of
-//! every answer and every block. The code of gateway, router and worker is the real one; simulated are the network, the
-//! membership's source, the device, the clock and chance.
+//! Whole clusters in one thread and in simulated time, disturbed by what a seed says, and held to what must
+//! be true of every answer and every block. The code of gateway, router and worker is the real one; simulated
+//! are the network, the membership's source, the device, the clock and chance.
 //!
-//! Every seed runs in a process of its own, so that it gives the same alone as among thousands. `make simulate SEEDS=…`
-//! runs many; `cargo test -p tests --test simulation -- --seed 17` replays one and tells what happens.
+//! Every seed runs in a process of its own, so that it gives the same alone as among thousands. `make
+//! simulate SEEDS=…` runs many; `cargo test -p tests --test simulation -- --seed 17` replays one and tells
+//! what happens.
 
 mod check;
 mod client;
@@ -38,7 +39,9 @@ fn main() -> anyhow::Result<ExitCode> {
         ["--seed", seed, "--quiet", "--broken", broken] => one(seed, Some(parse_broken(broken)?), false),
         // Arguments of other tests.
         _ => {
-            println!("the simulation knows --seeds FROM..TO and --seed N [--broken WHAT]; it was not asked to run");
+            println!(
+                "the simulation knows --seeds FROM..TO and --seed N [--broken WHAT]; it was not asked to run"
+            );
             Ok(ExitCode::SUCCESS)
         }
     }

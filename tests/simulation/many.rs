@@ -1,5 +1,5 @@
-//! Many seeds, each in a process of its own, as many at once as there are cores. What fails is told with the command that
-//! replays it, and its log is kept.
+//! Many seeds, each in a process of its own, as many at once as there are cores. What fails is told with the
+//! command that replays it, and its log is kept.
 
 use crate::{device::Broken, run::Verdict};
 use anyhow::{Context, bail};
@@ -85,6 +85,7 @@ fn run_all(seeds: Range<u64>) -> anyhow::Result<bool> {
     })?;
     let sum = sum.into_inner().expect("sound");
     println!("simulation: {sum}, {:.0} s", began.elapsed().as_secs_f32());
+    sum.counts.iter().for_each(|(name, count)| println!("  {name} {count}"));
     Ok(sum.violations > 0)
 }
 
@@ -125,7 +126,10 @@ fn tell(seed: u64, violation: &str) -> anyhow::Result<()> {
     }
     let _ = replay.kill();
     replay.wait()?;
-    println!("simulation: seed {seed} FAILED: {violation}\n  replay it: make simulate SEED={seed}\n  its log: {}", log.display());
+    println!(
+        "simulation: seed {seed} FAILED: {violation}\n  replay it: make simulate SEED={seed}\n  its log: {}",
+        log.display()
+    );
     Ok(())
 }
 
@@ -139,6 +143,8 @@ struct Sum {
     failed: BTreeMap<String, u64>,
     faults: u64,
     simulated_ms: u64,
+    counts: BTreeMap<String, u64>,
+    longest_ms: u64,
     settled_ms: u64,
     served_ms: u64,
     violations: u64,
@@ -153,6 +159,8 @@ impl Sum {
         verdict.failed.iter().for_each(|(code, n)| *self.failed.entry(code.clone()).or_default() += n);
         self.faults += verdict.faults;
         self.simulated_ms += verdict.simulated_ms;
+        verdict.counts.iter().for_each(|(name, n)| *self.counts.entry(name.clone()).or_default() += n);
+        self.longest_ms = self.longest_ms.max(verdict.longest_ms);
         self.settled_ms = self.settled_ms.max(verdict.settled_ms);
         self.served_ms = self.served_ms.max(verdict.served_ms);
         self.violations += u64::from(verdict.violation.is_some());
@@ -165,8 +173,10 @@ impl std::fmt::Display for Sum {
         write!(
             out,
             "{seeds} seeds, {faults} faults, {requests} requests: {answered} answered, {left} left, failed {:?}; \
-             {violations} violations; nothing held {} ms after the last request at worst, served {} ms later; {} s simulated",
+             {violations} violations; at worst a request took {} ms, nothing was held {} ms after the last, \
+             a request was answered {} ms later; {} s simulated",
             self.failed,
+            self.longest_ms,
             self.settled_ms,
             self.served_ms,
             self.simulated_ms / 1_000

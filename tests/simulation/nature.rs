@@ -1,6 +1,7 @@
-//! What a process takes from the machine beside its network: random bytes, the time, its own number. They are replaced for
-//! this binary, so that a seed decides the keys of every hash map, every uuid and every branch of `tokio::select!`, and so that
-//! `std::time` shows the simulated time too. Before a simulation begins, the machine's own are given.
+//! What a process takes from the machine beside its network: random bytes, the time, its own number. They are
+//! replaced for this binary, so that a seed decides the keys of every hash map, every uuid and every branch
+//! of `tokio::select!`, and so that `std::time` shows the simulated time too. Before a simulation begins, the
+//! machine's own are given.
 //!
 //! A simulation has its process to itself and one thread: so both can be plain statics.
 
@@ -24,8 +25,8 @@ thread_local! {
     static SHOWN: Cell<(u64, bool)> = const { Cell::new((0, false)) };
 }
 
-/// From here on randomness follows from `seed`, and time stands still until [`begin`]: then a runtime built in between
-/// agrees with `std::time`. To be called before anything has drawn any.
+/// From here on randomness follows from `seed`, and time stands still until [`begin`]: then a runtime built
+/// in between agrees with `std::time`. To be called before anything has drawn any.
 pub fn seed(seed: u64) {
     RANDOM.store(mix(seed) | 1, Ordering::Relaxed);
 }

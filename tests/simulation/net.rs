@@ -1,6 +1,6 @@
-//! The network of a simulated cluster: hosts by name, ports, and the ways between them, each of which can be slow or
-//! blocked in one direction. Connections behave as TCP's do: in order, delayed, without loss, until one end is gone.
-//! Every byte that arrives goes into the [`Journal`].
+//! The network of a simulated cluster: hosts by name, ports, and the ways between them, each of which can be
+//! slow or blocked in one direction. Connections behave as TCP's do: in order, delayed, without loss, until
+//! one end is gone. Every byte that arrives goes into the [`Journal`].
 
 use crate::{
     journal::Journal,
@@ -122,7 +122,10 @@ impl Net {
             let (net, host) = (net.clone(), host.clone());
             endpoint.connect_with_connector_lazy(tower::service_fn(move |to: Uri| {
                 let (net, host) = (net.clone(), host.clone());
-                async move { net.dial(&host, to.authority().map_or("", |at| at.as_str())).await.map(TokioIo::new) }
+                async move {
+                    let address = to.authority().map_or("", |at| at.as_str());
+                    net.dial(&host, address).await.map(TokioIo::new)
+                }
             }))
         })
     }
@@ -136,7 +139,7 @@ impl Net {
     }
 
     pub fn slow(&self, from: &str, to: &str, delay: Duration) {
-        self.change(|state| drop(state.slow.insert((from.to_owned(), to.to_owned()), delay)));
+        self.change(|state| _ = state.slow.insert((from.to_owned(), to.to_owned()), delay));
     }
 
     pub fn pause(&self, host: &str, paused: bool) {
@@ -157,7 +160,8 @@ impl Net {
 
     /// All connections between two hosts break.
     pub fn cut(&self, one: &str, other: &str) {
-        let between = |way: &Way| (way.from == one && way.to == other) || (way.from == other && way.to == one);
+        let between =
+            |way: &Way| (way.from == one && way.to == other) || (way.from == other && way.to == one);
         self.change(|state| state.break_ways(between));
     }
 

@@ -1,5 +1,5 @@
-//! One direction of a connection: bytes that arrive in order, some time after they were sent, and not at all while the way
-//! is blocked. Bounded like a socket's buffer. Knows nothing of who is at its ends.
+//! One direction of a connection: bytes that arrive in order, some time after they were sent, and not at all
+//! while the way is blocked. Bounded like a socket's buffer. Knows nothing of who is at its ends.
 
 use std::{
     collections::VecDeque,

@@ -34,6 +34,10 @@ pub struct Verdict {
     pub failed: BTreeMap<String, u64>,
     pub faults: u64,
     pub simulated_ms: u64,
+    /// What services counted.
+    pub counts: BTreeMap<String, u64>,
+    /// Of the request that took longest.
+    pub longest_ms: u64,
     /// From the last request's end until nothing was held.
     pub settled_ms: u64,
     /// From then until a request was answered.
@@ -112,22 +116,25 @@ async fn disturbed(
     let Ok((outcomes, _)) = timeout(limit, both).await else {
         return Err(format!("a request or a fault has not ended after {limit:?}"));
     };
-    for ((ask, outcome), right) in asks.iter().zip(&outcomes).zip(right) {
+    for ((ask, (outcome, took)), right) in asks.iter().zip(&outcomes).zip(right) {
         verdict.count(outcome);
+        verdict.longest_ms = verdict.longest_ms.max(took.as_millis() as u64);
         check::outcome(ask, outcome, right, calm)?;
     }
     cluster.ended().iter().for_each(|name| cluster.replace(name));
     verdict.settled_ms = check::settles(cluster, RECOVERS).await?.as_millis() as u64;
     verdict.served_ms = check::serves(cluster, RECOVERS).await?.as_millis() as u64;
-    check::settles(cluster, RECOVERS).await.map(drop)
+    check::settles(cluster, RECOVERS).await?;
+    verdict.counts = check::counts(cluster).await?;
+    Ok(())
 }
 
-async fn one(cluster: &Cluster, ask: &Ask) -> Outcome {
+async fn one(cluster: &Cluster, ask: &Ask) -> (Outcome, Duration) {
     sleep(ask.at).await;
     let began = Instant::now();
     let outcome = send(&cluster.net, ask).await;
     cluster.net.journal.note(&ask.name, format!("took {:?}", began.elapsed()));
-    outcome
+    (outcome, began.elapsed())
 }
 
 impl Verdict {

@@ -21,6 +21,8 @@ pub struct Shape {
     pub sequences: u32,
     /// One in so many blocks is damaged on its way; 0: none.
     pub damage: u64,
+    /// The router serves the membership, instead of a source of its own.
+    pub registry: bool,
     /// How late views of the membership are.
     pub lag: Duration,
     /// Requests that may wait in a router's queue.
@@ -31,12 +33,14 @@ impl Shape {
     /// Disturbed by what the seed says.
     pub fn of(seed: u64) -> Self {
         let mut chance = Chance::new(seed, "shape");
+        let registry = chance.once_in(4);
         Shape {
             seed,
+            registry,
             prefills: chance.within(1, 4),
             decodes: chance.within(1, 4),
             boths: u64::from(chance.once_in(4)),
-            routers: *chance.of(&[1, 1, 2]),
+            routers: if registry { 1 } else { *chance.of(&[1, 1, 2]) },
             blocks: *chance.of(&[40, 64, 256, 1024]),
             block_tokens: *chance.of(&[4, 8, 16]),
             chunk: *chance.of(&[16, 32, 64]),
@@ -60,6 +64,7 @@ impl Shape {
             chunk: 512,
             sequences: 64,
             damage: 0,
+            registry: false,
             lag: Duration::from_millis(1),
             queue: 1024,
         }
@@ -73,7 +78,9 @@ impl Shape {
     /// Of all hosts, routers first.
     pub fn names(&self) -> Vec<String> {
         let many = |role: &'static str, count: u64| (0..count).map(move |at| format!("{role}-{at}"));
-        let workers = many("prefill", self.prefills).chain(many("decode", self.decodes)).chain(many("both", self.boths));
+        let workers = many("prefill", self.prefills)
+            .chain(many("decode", self.decodes))
+            .chain(many("both", self.boths));
         many("router", self.routers).chain(workers).chain(["gateway".to_owned()]).collect()
     }
 
@@ -104,6 +111,7 @@ impl Shape {
 
     pub fn router(&self) -> router::Config {
         router::Config {
+            lease_ms: 2_000,
             drain_ms: 2_000,
             running: 64,
             queue: router::Queue { limit: self.queue, timeout_ms: 15_000, ageing_ms: 2_000 },
@@ -114,7 +122,7 @@ impl Shape {
                 connect_ms: 500,
                 stalled_client_ms: 4_000,
             },
-            members: router::Members { suspect_ms: 1_000, connections: 1, ..router::Members::default() },
+            members: router::Members { connections: 1, ..router::Members::default() },
             ..router::Config::default()
         }
     }
@@ -139,6 +147,7 @@ impl Shape {
                 silence_ms: 2_000,
                 reservation_ms: 4_000,
                 stalled_ms: 4_000,
+                ..worker::Liveness::default()
             },
             handoff: worker::Handoff { window_kb: 1, tries: 5 },
             drain_ms: 2_000,

@@ -1,6 +1,6 @@
-//! The requests of a seed: greedy and sampled, one choice and several, stop strings, logprobs, penalties, echoes, chat and
-//! completions, streamed and whole, of several tenants and priorities, with prompts that begin alike. Every one names its
-//! sampling seed, so that its answer does not depend on anything but itself.
+//! The requests of a seed: greedy and sampled, one choice and several, stop strings, logprobs, penalties,
+//! echoes, chat and completions, streamed and whole, of several tenants and priorities, with prompts that
+//! begin alike. Every one names its sampling seed, so that its answer does not depend on anything but itself.
 
 use crate::{
     cluster::MODEL,
@@ -42,7 +42,8 @@ pub fn asks(seed: u64, shape: &Shape) -> Vec<Ask> {
 /// A small request that a healthy cluster answers.
 pub fn probe(number: u64) -> Ask {
     let body = json!({
-        "model": MODEL, "prompt": prompt(1_000 + number, 20), "max_tokens": 6, "temperature": 0, "ignore_eos": true,
+        "model": MODEL, "prompt": prompt(1_000 + number, 20), "max_tokens": 6, "temperature": 0,
+        "ignore_eos": true,
     });
     let (at, tenant) = (Duration::ZERO, "probe".to_owned());
     Ask { name: format!("probe-{number}"), path: "/v1/completions", body, tenant, at, leaves_after: None }

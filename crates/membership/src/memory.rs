@@ -1,6 +1,6 @@
-//! A source of membership inside one process, for simulated clusters: leases run out, the source can be away, and one
-//! observer can be cut off from it while others are not. Keeps the same contract as etcd and the registry; nothing
-//! survives the process.
+//! A source of membership inside one process, for simulated clusters: leases run out, the source can be away,
+//! and one observer can be cut off from it while others are not. Keeps the same contract as etcd and the
+//! registry; nothing survives the process.
 
 use crate::{Error, Membership, Registration, View, registration::Presence, roster::Roster};
 use proto::Member;
