@@ -41,7 +41,7 @@ impl Shape {
             decodes: chance.within(1, 4),
             boths: u64::from(chance.once_in(4)),
             routers: if registry { 1 } else { *chance.of(&[1, 1, 2]) },
-            blocks: *chance.of(&[40, 64, 256, 1024]),
+            blocks: *chance.of(&[24, 32, 48, 256, 256, 1024]),
             block_tokens: *chance.of(&[4, 8, 16]),
             chunk: *chance.of(&[16, 32, 64]),
             sequences: *chance.of(&[4, 8, 16]),
