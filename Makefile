@@ -1,5 +1,5 @@
 # The commands a newcomer and CI need. `make` alone lists them.
-.PHONY: help up build cuda test test-chart test-images lint bench proof-split proof-faults proof-model proof-scale clean
+.PHONY: help up build cuda test test-chart test-images lint bench simulate proof-split proof-faults proof-model proof-scale clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ lint: ## formatting and clippy, warnings denied
 
 bench: build ## measure the demo model on this machine: single-stream decode, 512-token prompts
 	bash tests/bench
+
+simulate: ## disturb simulated clusters: SEEDS=1000 or SEEDS=FROM..TO; SEED=17 replays one and tells what happens
+	cargo test --locked -p tests --test simulation -- $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),320))
 
 proof-split: ## split equals whole at full size: 200 prompts in every arrangement
 	BATON_PROOF=split cargo test --locked -p tests -- split --nocapture
