@@ -18,7 +18,7 @@ use crate::{
     Backend, DeviceMemory, Dtype, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors,
     QueryTensors, Random, Shape, StepInput, Tensor, Weights,
 };
-use kv::{BlockId, Digest, KvDtype, KvError, KvLayout, Payload, Reply};
+use kv::{BlockId, KvDtype, KvError, KvLayout, Payload, Reply};
 use rayon::prelude::*;
 use std::time::Instant;
 
