@@ -1,5 +1,5 @@
 # The commands a newcomer and CI need. `make` alone lists them.
-.PHONY: help up build cuda test lint bench proof-split proof-faults clean
+.PHONY: help up build cuda test test-chart test-images lint bench proof-split proof-faults proof-scale clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -13,9 +13,15 @@ build: ## build the release binary: target/release/baton
 cuda: ## build target/release/baton with the CUDA kernels (installs nvcc if it is absent; needs no GPU)
 	CUDA_HOME=$$(kernels/toolkit) cargo build --release --locked --bin baton --features cuda
 
-test: ## install what tests need and is absent, then run all of them
-	bash tests/install
+test: test-chart ## install what tests need and is absent, then run all of them
 	PATH="$(CURDIR)/target/tools/bin:$$PATH" cargo test --workspace --locked $(ARGS)
+
+test-chart: ## render the Helm chart and hold it against its golden files, the schemas of Kubernetes and the docs
+	bash tests/install
+	PATH="$(CURDIR)/target/tools/bin:$$PATH" target/tools/venv/bin/python tests/chart.py $(ARGS)
+
+test-images: ## build the images and run deploy/compose.yaml on an engine of its own (root; installs docker.io if it is absent)
+	tests/contained tests/images.py
 
 lint: ## formatting and clippy, warnings denied
 	cargo fmt --all --check
@@ -30,6 +36,9 @@ proof-split: ## split equals whole at full size: 200 prompts in every arrangemen
 proof-faults: ## kill workers and etcd under load, all of etcd gone for a minute
 	bash tests/install
 	BATON_PROOF=faults PATH="$(CURDIR)/target/tools/bin:$$PATH" cargo test --locked -p tests -- faults membership --nocapture
+
+proof-scale: ## containers under load: decode 2 -> 4 -> 1, prefill 2 -> 0 -> 2, no request lost
+	tests/contained tests/scale.py $(or $(RESULT),target/scale.json)
 
 clean: ## remove what was built
 	cargo clean

@@ -14,6 +14,8 @@ mod gate;
 mod linear;
 #[path = "cuda/moe.rs"]
 mod moe;
+#[path = "cuda/operations.rs"]
+mod operations;
 #[path = "cuda/paged.rs"]
 mod paged;
 #[path = "cuda/random.rs"]

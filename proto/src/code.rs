@@ -12,7 +12,14 @@ impl ErrorCode {
         use ErrorCode::*;
         matches!(
             self,
-            NoCapacity | StaleEpoch | UnknownReservation | Digest | WorkerLost | Draining | Internal
+            NoCapacity
+                | StaleEpoch
+                | UnknownReservation
+                | Digest
+                | WorkerLost
+                | PeerLost
+                | Draining
+                | Internal
         )
     }
 
@@ -24,7 +31,7 @@ impl ErrorCode {
             Cancelled => 499,
             QueueFull | NoMembers | NoCapacity | Draining | Mismatch => 503,
             Deadline => 504,
-            WorkerLost | StaleEpoch | UnknownReservation | Digest => 502,
+            WorkerLost | PeerLost | StaleEpoch | UnknownReservation | Digest => 502,
             Internal | Unspecified => 500,
         }
     }
@@ -37,7 +44,7 @@ impl ErrorCode {
             ModelNotFound | UnknownReservation => Code::NotFound,
             QueueFull | NoCapacity => Code::ResourceExhausted,
             Deadline => Code::DeadlineExceeded,
-            NoMembers | WorkerLost | Draining => Code::Unavailable,
+            NoMembers | WorkerLost | PeerLost | Draining => Code::Unavailable,
             Mismatch => Code::FailedPrecondition,
             StaleEpoch => Code::Aborted,
             Digest => Code::DataLoss,
@@ -98,7 +105,7 @@ mod tests {
 
     #[test]
     fn every_code_survives_the_wire() {
-        for raw in 0..=15 {
+        for raw in 0..=16 {
             let code = ErrorCode::try_from(raw).unwrap();
             let back = Error::from(Status::from(Error::new(code, "why")));
             assert_eq!((back.code(), back.message.as_str()), (code, "why"));

@@ -13,3 +13,6 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
 
 mod code;
+mod dial;
+
+pub use dial::Dial;

@@ -1,17 +1,16 @@
 //! The engine of a worker: sequences, continuous batching, chunked prefill, prefix cache, preemption,
-//! over an [`Executor`] that runs the steps. A synchronous state machine (`core`) inside a small
+//! over an [`Executor`] that runs the steps: a model, or a simulation of one. A synchronous state machine (`core`) inside a small
 //! asynchronous driver; services talk to it through [`EngineHandle`]. Knows no gRPC, no etcd, no text.
 
 mod config;
 mod core;
 mod driver;
 mod executor;
-#[cfg(test)]
-mod fake;
 mod handle;
 mod model_executor;
 pub mod policy;
 mod sequence;
+pub mod simulated;
 #[cfg(test)]
 mod tests;
 

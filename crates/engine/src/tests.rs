@@ -1,4 +1,4 @@
-//! The whole engine over the fake executor.
+//! The whole engine over a simulated device.
 
 mod cancel;
 mod handoff;
@@ -7,25 +7,82 @@ mod schedule;
 mod whole;
 
 use crate::{
-    EngineConfig, EngineHandle, Event, Finish, Role, Running, SequenceSpec, drive,
-    fake::{Fake, FakeMemory, mix, next_token},
+    EngineConfig, EngineHandle, Event, Executor, ExecutorError, Finish, Limits, Role, Running, SequenceSpec,
+    StepOutput, drive,
+    simulated::{Logits, SimExecutor, SimOptions, StepCost, next_token},
 };
-use kernels::{SampledToken, Sampling};
-use std::{sync::Arc, time::Duration};
+use kernels::{SampledToken, Sampling, StepInput};
+use kv::{KvMemory, StepId};
+use std::{
+    hash::{BuildHasher, BuildHasherDefault, DefaultHasher},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 const VOCAB: u32 = 97;
+const LOGITS: Logits = Logits { vocab_size: VOCAB, tokenizer_size: VOCAB, end: None };
 
-/// An engine as a task of the test's runtime.
-fn start(fake: &Fake, config: EngineConfig) -> EngineHandle {
-    start_watched(fake, config).0
+/// A device whose steps take no time.
+fn small() -> SimOptions {
+    SimOptions {
+        limits: Limits { max_sequences: 8, max_step_tokens: 16, max_context: 4096, vocab_size: VOCAB },
+        block_tokens: 4,
+        blocks: 64,
+        cost: StepCost::fixed(Duration::ZERO),
+        logits: LOGITS,
+        fail_step: None,
+    }
 }
 
-fn start_watched(fake: &Fake, config: EngineConfig) -> (EngineHandle, Arc<FakeMemory>) {
-    let executor = fake.start();
-    let memory = executor.memory();
+/// Every step takes `millis`.
+fn taking(millis: u64) -> SimOptions {
+    SimOptions { cost: StepCost::fixed(Duration::from_millis(millis)), ..small() }
+}
+
+/// An engine as a task of the test's runtime.
+fn start(options: SimOptions, config: EngineConfig) -> EngineHandle {
+    start_watched(options, config).0
+}
+
+/// With the most steps that were ever in flight.
+fn start_watched(options: SimOptions, config: EngineConfig) -> (EngineHandle, Arc<AtomicUsize>) {
+    let most = Arc::new(AtomicUsize::new(0));
+    let executor = Watched { executor: SimExecutor::new(options), in_flight: 0, most: most.clone() };
     let (handle, engine) = drive(executor, config);
     tokio::spawn(engine);
-    (handle, memory)
+    (handle, most)
+}
+
+struct Watched {
+    executor: SimExecutor,
+    in_flight: usize,
+    most: Arc<AtomicUsize>,
+}
+
+impl Executor for Watched {
+    fn submit(&mut self, step: StepInput) -> Result<StepId, ExecutorError> {
+        self.in_flight += 1;
+        assert!(self.in_flight <= Self::IN_FLIGHT, "too many steps in flight");
+        self.most.fetch_max(self.in_flight, Ordering::Relaxed);
+        self.executor.submit(step)
+    }
+
+    async fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        let output = self.executor.collect().await;
+        self.in_flight -= 1;
+        output
+    }
+
+    fn kv_memory(&self) -> Arc<dyn KvMemory> {
+        self.executor.kv_memory()
+    }
+
+    fn limits(&self) -> Limits {
+        self.executor.limits()
+    }
 }
 
 fn role(role: Role) -> EngineConfig {
@@ -34,7 +91,8 @@ fn role(role: Role) -> EngineConfig {
 
 /// `len` tokens of a family: equal families share their beginnings.
 fn prompt(family: u64, len: usize) -> Vec<u32> {
-    (0..len as u64).map(|at| (mix(family, at) % u64::from(VOCAB)) as u32).collect()
+    let hasher = BuildHasherDefault::<DefaultHasher>::new();
+    (0..len).map(|at| (hasher.hash_one((family, at)) % u64::from(VOCAB)) as u32).collect()
 }
 
 fn spec(tokens: Vec<u32>, max_tokens: usize) -> SequenceSpec {
@@ -55,7 +113,7 @@ fn answer(spec: &SequenceSpec) -> (Vec<SampledToken>, Finish) {
     let mut tokens = spec.tokens.clone();
     let mut output = Vec::new();
     loop {
-        let token = next_token(&tokens, spec.prompt_len, &spec.sampling, VOCAB);
+        let token = next_token(&tokens, spec.prompt_len, &spec.sampling, &LOGITS);
         let id = token.id;
         output.push(token);
         tokens.push(id);

@@ -31,16 +31,16 @@ pub fn server() -> Server {
 }
 
 /// A channel to the worker at `address` (http://host:port). Connects on first use, and again after a loss.
-pub fn channel(address: &str) -> Result<Channel, Error> {
+pub fn channel(dial: &proto::Dial, address: &str) -> Result<Channel, Error> {
     let endpoint = Endpoint::from_shared(address.to_owned())
         .map_err(|error| Error::Address { address: address.to_owned(), cause: error.to_string() })?;
-    Ok(endpoint
+    let endpoint = endpoint
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .tcp_nodelay(true)
         .connect_timeout(CONNECT)
         .http2_keep_alive_interval(PING_EVERY)
         .keep_alive_timeout(PING_TIMEOUT)
-        .keep_alive_while_idle(true)
-        .connect_lazy())
+        .keep_alive_while_idle(true);
+    Ok(dial.channel(&endpoint))
 }

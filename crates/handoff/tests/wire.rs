@@ -194,7 +194,7 @@ fn order(decode: &Decode) -> Order {
 }
 
 fn open(order: Order) -> Delivery {
-    let channel = transport::channel(&order.address).unwrap();
+    let channel = transport::channel(&proto::Dial::default(), &order.address).unwrap();
     let options = Options { window_bytes: 2 * LAYOUT.block_bytes(), ..Options::default() };
     Delivery::open(channel, order, source(), Box::new(proto::Heartbeat::default), options, MetadataMap::new())
 }

@@ -1,5 +1,5 @@
-//! Who is in the cluster. One contract, two sources: etcd, and the registry a router serves when
-//! there is no etcd. Views are whole sets, never deltas. Losing the source never empties a view:
+//! Who is in the cluster. One contract, three sources: etcd, the registry a router serves when
+//! there is no etcd, and one inside the process for simulated clusters. Views are whole sets, never deltas. Losing the source never empties a view:
 //! serving goes on with the last one, and joins wait.
 //!
 //! A member's id names one incarnation of a process. Should two registrations use one id, the later
@@ -8,6 +8,7 @@
 mod config;
 mod error;
 mod etcd;
+mod memory;
 mod registration;
 mod registry;
 mod registry_client;
@@ -16,6 +17,7 @@ mod roster;
 
 pub use config::{MembershipConfig, connect};
 pub use error::Error;
+pub use memory::Memory;
 pub use registration::Registration;
 pub use registry::RegistryServer;
 

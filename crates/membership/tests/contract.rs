@@ -1,4 +1,5 @@
-//! The membership contract, one suite for both sources: the registry over gRPC and real etcd. What only
+//! The membership contract, one suite for all sources: the registry over gRPC, real etcd, and the one in
+//! the process. What only
 //! one of them can show (fail-over between etcd servers, silent registry streams) follows in own files.
 
 #[path = "contract/etcd.rs"]
@@ -7,6 +8,8 @@ mod etcd;
 mod etcd_cluster;
 #[path = "contract/late_write.rs"]
 mod late_write;
+#[path = "contract/memory.rs"]
+mod memory;
 #[path = "contract/registry.rs"]
 mod registry;
 #[path = "contract/suite.rs"]
@@ -43,6 +46,7 @@ macro_rules! contract {
 }
 
 contract!(on_the_registry, registry::Registry::start());
+contract!(in_process, memory::InProcess::start());
 contract!(on_etcd, etcd::Etcd::start(false));
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,10 +7,11 @@ use axum::{
     http::{StatusCode, header::CONTENT_TYPE},
     response::IntoResponse,
     routing::get,
+    serve::Listener,
 };
 use prometheus_client::encoding::text::encode;
-use std::{future::Future, io, sync::Arc};
-use tokio::{net::TcpListener, sync::watch};
+use std::{fmt, future::Future, io, sync::Arc};
+use tokio::sync::watch;
 
 /// Whether a service would serve now, and if not, why.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -30,8 +31,8 @@ impl Readiness {
 }
 
 /// Serves the admin port until `shutdown`.
-pub async fn serve(
-    listener: TcpListener,
+pub async fn serve<L: Listener<Addr: fmt::Debug>>(
+    listener: L,
     registry: Registry,
     ready: watch::Receiver<Readiness>,
     extra: Router,

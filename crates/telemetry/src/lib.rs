@@ -5,6 +5,7 @@
 pub mod admin;
 pub mod gateway;
 mod log;
+pub mod phase;
 pub mod router;
 pub mod trace;
 pub mod worker;

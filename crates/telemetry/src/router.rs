@@ -4,7 +4,7 @@ use crate::{Buckets, Counters, Gauges, Registry};
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
 
 /// Why a sequence moves to other workers.
-const CAUSES: [&str; 3] = ["preempted", "prefill_lost", "decode_lost"];
+const CAUSES: [&str; 4] = ["preempted", "prefill_lost", "decode_lost", "drained"];
 
 #[derive(Clone)]
 pub struct Metrics {

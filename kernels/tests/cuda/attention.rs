@@ -126,7 +126,7 @@ fn check_absorbed(entries: &[(u32, u32)], heads: usize, max_context: u32) {
     let expected = expected_absorbed(&paged, &cache, &query, heads);
     let row = heads * LATENT;
     for (index, (entry, position)) in paged.rows().into_iter().enumerate() {
-        let what = format!("{heads} heads, entry {entry}, position {position}");
+        let what = format!("attend_absorbed, {heads} heads, entry {entry}, position {position}");
         assert_close(&found[index * row..][..row], &expected[index * row..][..row], 1e-2, &what);
     }
     assert!(found[expected.len()..].iter().all(|value| value.is_nan()), "padding is not written");
@@ -154,6 +154,15 @@ fn absorbed_with_128_heads() {
     check_absorbed(&[(0, 2), (70, 1), (577, 1)], 128, 163_840);
     check_absorbed(&[(4096, 1), (8200, 1), (63, 1), (64, 1), (128, 1)], 128, 16_384);
     check_absorbed(&[(0, 140), (1000, 1)], 64, 4096);
+}
+
+#[test]
+fn absorbed_over_random_entries() {
+    let mut below = support::dice(5);
+    for _ in 0..12 {
+        let entries: Vec<_> = (0..1 + below(6)).map(|_| (below(1500) as u32, 1 + below(5) as u32)).collect();
+        check_absorbed(&entries, [4, 16, 17, 64, 128][below(5)], 4096);
+    }
 }
 
 /// 128 heads and 32 splits leave room for 63 rows in a launch.
@@ -237,7 +246,8 @@ fn check_direct(start: u32, rows: u32) {
     let [q, keys, values, turned] = [&q_at, &k_at, &v_at, &rope_at].map(Memory::address);
     attend_direct(&device, span, heads, q, keys, values, turned, SCALE, out.address()).unwrap();
     let mut found = support::download_bf16(&device, &out);
-    for row in 0..rows as usize {
+    let compared = if rows > 1000 { support::sampled(rows as usize) } else { (0..rows as usize).collect() };
+    for row in compared.iter().copied() {
         for head in 0..3 {
             let at = (first_row + row) * 6 + 2 + head;
             let query = &query[at * QUERY..][..QUERY];
@@ -251,11 +261,19 @@ fn check_direct(start: u32, rows: u32) {
             let values: Vec<Vec<f32>> = seen.map(|j| of_head(j, &v)).collect();
             let values: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
             let found = &mut found[at * HEAD..][..HEAD];
-            assert_close(found, &weighted(&scores, &values), 1e-2, &format!("start {start}, row {row}"));
+            assert_close(
+                found,
+                &weighted(&scores, &values),
+                1e-2,
+                &format!("attend_direct, start {start}, row {row}"),
+            );
             found.fill(f32::NAN);
         }
     }
-    assert!(found.iter().all(|value| value.is_nan()), "other rows and heads are not written");
+    let written = found.chunks_exact(HEAD).filter(|head| head.iter().all(|value| value.is_finite())).count();
+    let untouched = found.chunks_exact(HEAD).filter(|head| head.iter().all(|value| value.is_nan())).count();
+    assert_eq!(written, (rows as usize - compared.len()) * 3, "rows that were not compared are written too");
+    assert_eq!(written + untouched, step_rows * 6, "other rows and heads are not written");
 }
 
 #[test]
@@ -265,6 +283,21 @@ fn direct_from_the_first_position() {
     check_direct(0, 65);
     check_direct(0, 128);
     check_direct(0, 400);
+}
+
+/// As many rows as a step has at most, and as many behind a context of as many.
+#[test]
+fn direct_of_16384_rows() {
+    check_direct(0, 16_384);
+    check_direct(8_192, 8_192);
+}
+
+#[test]
+fn direct_of_random_spans() {
+    let mut below = support::dice(6);
+    for _ in 0..12 {
+        check_direct(below(400) as u32, 1 + below(300) as u32);
+    }
 }
 
 #[test]

@@ -71,7 +71,7 @@ fn norms_add_before_they_scale() {
         assert_eq!(support::download_bf16(&device, &x), residual, "width {width}");
         let found = support::download_bf16(&device, &out);
         let expected: Vec<f32> = residual.chunks_exact(width).flat_map(|x| norm(x, &weight)).collect();
-        assert_close(&found[..5 * width], &expected, 1e-2, &format!("width {width}"));
+        assert_close(&found[..5 * width], &expected, 1e-2, &format!("rms_norm, width {width}"));
         assert!(untouched(&found[5 * width..]));
     }
 }
@@ -105,7 +105,7 @@ fn queries_turn_in_their_rotary_part_only() {
         rotate_query(&device, &step.addresses, &step.extent, at, heads as u32, nope as u32, rope as u32)
             .unwrap();
         let found = support::download_bf16(&device, &memory);
-        assert_close(&found[..expected.len()], &expected, 1e-2, &format!("{heads} heads"));
+        assert_close(&found[..expected.len()], &expected, 1e-2, &format!("rotate_query, {heads} heads"));
         assert!(untouched(&found[expected.len()..]));
     }
 }
@@ -150,13 +150,18 @@ fn cache_rows_are_normed_rotated_and_placed_by_the_block_table() {
             let expected = [norm(&kv[..latent], &kv_norm), rotate(&kv[latent..], position)].concat();
             let place = paged.place(entry, position, layers, layer) * (latent + rope);
             let written = &mut found[place..][..latent + rope];
-            assert_close(written, &expected, 1e-2, &format!("rank {rank}, position {position}"));
+            assert_close(written, &expected, 1e-2, &format!("cache rows, rank {rank}, position {position}"));
             written.fill(f32::NAN);
         }
         assert!(untouched(&found), "nothing else is written");
         if rank > 0 {
             let found = support::download_bf16(&device, &normed);
-            assert_close(&found[..5 * rank], &expected_query, 1e-2, &format!("rank {rank}"));
+            assert_close(
+                &found[..5 * rank],
+                &expected_query,
+                1e-2,
+                &format!("low-rank queries, rank {rank}"),
+            );
             assert!(untouched(&found[5 * rank..]));
         }
     }

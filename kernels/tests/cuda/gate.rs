@@ -1,11 +1,14 @@
 //! The router's choice: the same experts and the same bits of weights as on the CPU.
 
 use super::{paged::Paged, support};
-use kernels::{GateRule, GroupScore, Scoring, cpu::route, cuda::gate};
+use kernels::{
+    GateRule, GroupScore, Scoring,
+    cpu::route,
+    cuda::{device::Device, gate},
+};
 
 /// Rows that launches cover beyond those of the step.
 const PADDING: u32 = 6;
-const ROWS: u32 = 37;
 
 const V3: GateRule = GateRule {
     scoring: Scoring::Sigmoid,
@@ -47,38 +50,44 @@ fn logits(count: usize, grid: f32, seed: u64) -> Vec<f32> {
 #[test]
 fn choices_and_weights_are_those_of_the_cpu() {
     let Some(device) = support::device() else { return };
-    let resident = Paged::new(&[(0, ROWS)], 2, 1).upload(&device, &[0; ROWS as usize], PADDING);
     for (case, (experts, rule)) in rules().into_iter().enumerate() {
         for (grid, biased) in [(1e-6, true), (1e-6, false), (0.5, true), (0.5, false)] {
-            let z = logits((ROWS * experts) as usize, grid, 10 + case as u64);
-            let bias = logits(experts as usize, grid, 40 + case as u64);
-            let expected = route(&z, experts as usize, biased.then_some(&bias), &rule);
-            let slots = ((ROWS + PADDING) * rule.top_k) as usize;
-            let chosen = support::poisoned(&device, 4 * slots);
-            let weights = support::poisoned(&device, 4 * slots);
-            let z = support::upload_f32(&device, &z);
-            let bias = support::upload_f32(&device, &bias);
-            gate::route(
-                &device,
-                &resident.addresses,
-                &resident.extent,
-                z.address(),
-                experts,
-                biased.then_some(bias.address()),
-                &rule,
-                chosen.address(),
-                weights.address(),
-            )
-            .expect("launched");
-            let valid = (ROWS * rule.top_k) as usize;
-            let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
-            let chosen = support::download_u32(&device, &chosen);
-            let weights = support::download_u32(&device, &weights);
-            assert_eq!(chosen[..valid], expected.experts, "{experts} experts, {rule:?}");
-            assert_eq!(weights[..valid], bits(&expected.weights), "{experts} experts, {rule:?}");
-            assert!(chosen[valid..].iter().chain(&weights[valid..]).all(|word| *word == u32::MAX));
+            compare(&device, 37, case as u64, (experts, rule), grid, biased);
         }
     }
+    compare(&device, 16_384, 50, rules()[0], 1e-6, true);
+}
+
+fn compare(device: &Device, rows: u32, case: u64, (experts, rule): (u32, GateRule), grid: f32, biased: bool) {
+    let tokens = vec![0; rows as usize];
+    let resident = Paged::new(&[(0, rows)], 2, 1).upload(device, &tokens, PADDING);
+    let z = logits((rows * experts) as usize, grid, 10 + case);
+    let bias = logits(experts as usize, grid, 40 + case);
+    let expected = route(&z, experts as usize, biased.then_some(&bias), &rule);
+    let slots = ((rows + PADDING) * rule.top_k) as usize;
+    let chosen = support::poisoned(device, 4 * slots);
+    let weights = support::poisoned(device, 4 * slots);
+    let z = support::upload_f32(device, &z);
+    let bias = support::upload_f32(device, &bias);
+    gate::route(
+        device,
+        &resident.addresses,
+        &resident.extent,
+        z.address(),
+        experts,
+        biased.then_some(bias.address()),
+        &rule,
+        chosen.address(),
+        weights.address(),
+    )
+    .expect("launched");
+    let valid = (rows * rule.top_k) as usize;
+    let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
+    let chosen = support::download_u32(device, &chosen);
+    let weights = support::download_u32(device, &weights);
+    assert_eq!(chosen[..valid], expected.experts, "{experts} experts, {rule:?}");
+    assert_eq!(weights[..valid], bits(&expected.weights), "{experts} experts, {rule:?}");
+    assert!(chosen[valid..].iter().chain(&weights[valid..]).all(|word| *word == u32::MAX));
 }
 
 #[test]

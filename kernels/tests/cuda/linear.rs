@@ -164,8 +164,39 @@ fn linear_fp8_with_block_scales() {
             &found,
             &product(&w.values, &through_e4m3(&x, k), k),
             1e-2,
-            &format!("linear_fp8 {size:?}"),
+            &format!("linear_fp8, {size:?}"),
         );
+    }
+}
+
+#[test]
+fn linear_fp8_of_random_sizes() {
+    let Some(device) = support::device() else { return };
+    let mut below = support::dice(3);
+    for seed in 0..40 {
+        let size @ (rows, n, k) = (1 + below(280), 8 * (1 + below(80)), 16 * (1 + below(70)));
+        let (w, x) = (Fp8::random(n, k, 400 + seed), support::random_bf16(rows * k, 500 + seed));
+        let expected = product(&w.values, &through_e4m3(&x, k), k);
+        assert_close(
+            &run(&device, Some(&w), &[], &x, size, false),
+            &expected,
+            1e-2,
+            &format!("linear_fp8, {size:?}"),
+        );
+    }
+}
+
+/// As many rows as a step has at most; some of them are compared.
+#[test]
+fn linear_fp8_of_16384_rows() {
+    let Some(device) = support::device() else { return };
+    let size @ (rows, n, k) = (16_384, 2112, 1536);
+    let (w, x) = (Fp8::random(n, k, 91), support::random_bf16(rows * k, 92));
+    let found = run(&device, Some(&w), &[], &x, size, false);
+    assert!(found.iter().all(|value| value.is_finite()), "every row is written");
+    for row in support::sampled(rows) {
+        let expected = product(&w.values, &through_e4m3(&x[row * k..][..k], k), k);
+        assert_close(&found[row * n..][..n], &expected, 1e-2, &format!("linear_fp8, {size:?}, row {row}"));
     }
 }
 
@@ -177,9 +208,9 @@ fn linear_bf16_to_bf16_and_to_f32() {
             (support::random_bf16(n * k, 30 + index as u64), support::random_bf16(rows * k, index as u64));
         let expected = product(&w, &x, k);
         let found = run(&device, None, &w, &x, size, false);
-        assert_close(&found, &expected, 1e-2, &format!("linear_bf16 {size:?}"));
+        assert_close(&found, &expected, 1e-2, &format!("linear_bf16, {size:?}"));
         let found = run(&device, None, &w, &x, size, true);
-        assert_close(&found, &expected, 1e-4, &format!("linear_bf16_f32 {size:?}"));
+        assert_close(&found, &expected, 1e-4, &format!("linear_bf16_f32, {size:?}"));
     }
 }
 

@@ -192,6 +192,52 @@ fn moe_bf16_from_routing_to_sum() {
     compare(&Weights::random(true));
 }
 
+/// As many rows as a step has at most; some of them are compared.
+#[test]
+fn moe_fp8_of_16384_rows() {
+    let Some(device) = support::device() else { return };
+    let of = Weights::random(false);
+    let rows = 16_384;
+    let x = support::random_bf16(rows * HIDDEN, 61);
+    let chosen: Vec<u32> = (0..rows * TOP_K).map(|slot| (slot * 7 + slot / 3) as u32 % 6).collect();
+    let weights: Vec<f32> = support::random(rows * TOP_K, 62).iter().map(|x| x.abs() + 0.1).collect();
+    let found =
+        run(&device, &of, &Case { x: &x, chosen: &chosen, weights: &weights, shared: None, tokens: 128 });
+    assert!(found.iter().all(|value| value.is_finite()), "every row is written");
+    let (mut some, mut expected) = (Vec::new(), Vec::new());
+    for row in support::sampled(rows) {
+        let slots = row * TOP_K..(row + 1) * TOP_K;
+        let case = Case {
+            x: &x[row * HIDDEN..][..HIDDEN],
+            chosen: &chosen[slots.clone()],
+            weights: &weights[slots],
+            shared: None,
+            tokens: 128,
+        };
+        expected.extend(of.expected(&case));
+        some.extend_from_slice(&found[row * HIDDEN..][..HIDDEN]);
+    }
+    assert_close(&some, &expected, 1e-2, "moe, some of 16384 rows");
+}
+
+#[test]
+fn moe_fp8_of_random_routings() {
+    let Some(device) = support::device() else { return };
+    let of = Weights::random(false);
+    let mut below = support::dice(9);
+    for seed in 0..12 {
+        let (rows, tokens) = (1 + below(300), [8, 16, 32, 64, 128][below(5)]);
+        let x = support::random_bf16(rows * HIDDEN, 600 + seed);
+        let most = 1 + below(EXPERTS);
+        let chosen: Vec<u32> = (0..rows * TOP_K).map(|_| below(most) as u32).collect();
+        let weights: Vec<f32> =
+            support::random(rows * TOP_K, 700 + seed).iter().map(|x| x.abs() + 0.1).collect();
+        let case = Case { x: &x, chosen: &chosen, weights: &weights, shared: None, tokens };
+        let what = format!("moe, {rows} rows over {most} experts in tiles of {tokens}");
+        assert_close(&run(&device, &of, &case), &of.expected(&case), 1e-2, &what);
+    }
+}
+
 /// Places are in the order of experts, then of slots; tiles cover them in that order.
 #[test]
 fn moe_places_by_expert_in_slot_order() {

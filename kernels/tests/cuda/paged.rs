@@ -114,12 +114,10 @@ pub struct Resident {
     _memory: [Memory; 6],
 }
 
-fn shuffled(count: u32, seed: u64) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..count).collect();
-    let mut state = seed;
+pub fn shuffled(count: u32, seed: u64) -> Vec<u32> {
+    let (mut order, mut below): (Vec<u32>, _) = ((0..count).collect(), support::dice(seed));
     for last in (1..order.len()).rev() {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        order.swap(last, (state >> 33) as usize % (last + 1));
+        order.swap(last, below(last + 1));
     }
     order
 }

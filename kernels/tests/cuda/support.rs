@@ -29,6 +29,24 @@ pub fn random(count: usize, seed: u64) -> Vec<f32> {
     (0..count).map(|_| next()).collect()
 }
 
+/// Whole numbers below a bound, the same for the same seed.
+pub fn dice(seed: u64) -> impl FnMut(usize) -> usize {
+    let mut state = seed;
+    move |bound| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % bound
+    }
+}
+
+/// Some of so many rows, the first and the last among them.
+pub fn sampled(rows: usize) -> Vec<usize> {
+    let mut below = dice(rows as u64);
+    let mut some: Vec<usize> = (0..30).map(|_| below(rows)).chain([0, rows - 1]).collect();
+    some.sort_unstable();
+    some.dedup();
+    some
+}
+
 pub fn bf16(value: f32) -> f32 {
     half::bf16::from_f32(value).to_f32()
 }

@@ -23,7 +23,7 @@ pub struct WorkerArgs {
     /// What this worker does
     #[arg(long)]
     role: Option<Role>,
-    /// What computes: cpu, or cuda (Hopper GPUs, in a binary built with the feature cuda)
+    /// What computes: cpu, cuda (Hopper GPUs, in a binary built with the feature cuda), or sim (nothing: times and answers are simulated)
     #[arg(long, value_name = "NAME")]
     backend: Option<String>,
     /// Hugging Face directory of the model [default: the demo model]

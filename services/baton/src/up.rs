@@ -30,7 +30,7 @@ pub struct Args {
     /// Port of the gateway; 0 takes a free one
     #[arg(long, default_value_t = 8000)]
     port: u16,
-    /// What computes: cpu, or cuda (Hopper GPUs, in a binary built with the feature cuda)
+    /// What computes: cpu, cuda (Hopper GPUs, in a binary built with the feature cuda), or sim (nothing: times and answers are simulated)
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     backend: String,
     /// Keep the membership in this etcd instead of in the router

@@ -38,9 +38,11 @@ pub(crate) fn from_router(error: &proto::Error, retry_after: Duration) -> openai
         | ErrorCode::Draining
         | ErrorCode::Mismatch => Code::Overloaded,
         ErrorCode::Deadline => Code::Deadline,
-        ErrorCode::WorkerLost | ErrorCode::StaleEpoch | ErrorCode::UnknownReservation | ErrorCode::Digest => {
-            Code::WorkerLost
-        }
+        ErrorCode::WorkerLost
+        | ErrorCode::PeerLost
+        | ErrorCode::StaleEpoch
+        | ErrorCode::UnknownReservation
+        | ErrorCode::Digest => Code::WorkerLost,
         ErrorCode::Internal | ErrorCode::Unspecified => Code::Internal,
     };
     let converted = openai::Error::new(code, error.message.clone());
@@ -53,7 +55,7 @@ mod tests {
 
     #[test]
     fn the_two_status_tables_agree() {
-        for raw in 0..=15 {
+        for raw in 0..=16 {
             let code = ErrorCode::try_from(raw).unwrap();
             let converted = from_router(&proto::Error::new(code, "why"), Duration::from_secs(1));
             assert_eq!(converted.code.status(), code.http_status(), "{code:?}");

@@ -35,10 +35,15 @@ pub struct Gateway {
 const LOOK: Duration = Duration::from_secs(1);
 
 impl Gateway {
-    pub fn new(config: Config, metrics: Metrics, closing: watch::Receiver<bool>) -> Result<Self, Error> {
+    pub fn new(
+        config: Config,
+        dial: &proto::Dial,
+        metrics: Metrics,
+        closing: watch::Receiver<bool>,
+    ) -> Result<Self, Error> {
         config.check().map_err(Error::Config)?;
         let model = Arc::new(Model::load(&config.model_dir, config.max_context)?);
-        let upstream = Arc::new(Upstream::new(&config.routers, &config.timeouts)?);
+        let upstream = Arc::new(Upstream::new(&config.routers, &config.timeouts, dial)?);
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Ok(Gateway {
             names: names(&config),

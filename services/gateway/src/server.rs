@@ -5,25 +5,26 @@ use crate::config::ms;
 use crate::gateway::Gateway;
 use crate::{Config, Error};
 use axum::Router;
-use axum::serve::ListenerExt;
+use axum::serve::{Listener, ListenerExt, TapIo};
+use proto::Dial;
 use std::future::{Future, IntoFuture};
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use std::{fmt, io};
 use telemetry::Registry;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 /// For answers to say that they were cut off.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// A gateway that has its ports and its model, and serves nobody yet.
-pub struct Server {
+pub struct Server<L = Tcp> {
     gateway: Arc<Gateway>,
     registry: Arc<Registry>,
-    public: TcpListener,
-    admin: TcpListener,
+    public: L,
+    admin: L,
     /// Set when running answers must end.
     cut: watch::Sender<bool>,
 }
@@ -35,20 +36,13 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
     server.serve(shutdown).await
 }
 
+/// A port that sends small pieces at once.
+pub type Tcp = TapIo<TcpListener, fn(&mut TcpStream)>;
+
 impl Server {
     pub async fn bind(config: Config) -> Result<Self, Error> {
-        let mut registry = Registry::default();
-        let metrics = telemetry::gateway::Metrics::new(&mut registry);
-        let (cut, closing) = watch::channel(false);
-        let (public, admin) = (config.listen, config.admin);
-        let gateway = Arc::new(Gateway::new(config, metrics, closing)?);
-        Ok(Server {
-            gateway,
-            registry: Arc::new(registry),
-            public: listen(public).await?,
-            admin: listen(admin).await?,
-            cut,
-        })
+        let (public, admin) = (listen(config.listen).await?, listen(config.admin).await?);
+        Server::on(config, &Dial::default(), public, admin)
     }
 
     /// Where the OpenAI API is.
@@ -58,6 +52,17 @@ impl Server {
 
     pub fn admin(&self) -> Result<SocketAddr, Error> {
         Ok(self.admin.local_addr()?)
+    }
+}
+
+impl<L: Listener<Addr: fmt::Debug>> Server<L> {
+    /// On ports that are there already, with `dial` to reach routers.
+    pub fn on(config: Config, dial: &Dial, public: L, admin: L) -> Result<Self, Error> {
+        let mut registry = Registry::default();
+        let metrics = telemetry::gateway::Metrics::new(&mut registry);
+        let (cut, closing) = watch::channel(false);
+        let gateway = Arc::new(Gateway::new(config, dial, metrics, closing)?);
+        Ok(Server { gateway, registry: Arc::new(registry), public, admin, cut })
     }
 
     /// Until `shutdown`; then takes no more requests, lets running answers end for `drain_ms`, cuts the rest.
@@ -85,16 +90,22 @@ impl Server {
     }
 }
 
-async fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
-    TcpListener::bind(address).await.map_err(|source| Error::Listen { address, source })
+async fn listen(address: SocketAddr) -> Result<Tcp, Error> {
+    let listener = TcpListener::bind(address).await.map_err(|source| Error::Listen { address, source })?;
+    Ok(listener.tap_io(send_at_once))
 }
 
-async fn serve(listener: TcpListener, app: Router, mut stopping: watch::Receiver<bool>) -> io::Result<()> {
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "set_nodelay");
-        }
-    });
+fn send_at_once(stream: &mut TcpStream) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "set_nodelay");
+    }
+}
+
+async fn serve<L: Listener<Addr: fmt::Debug>>(
+    listener: L,
+    app: Router,
+    mut stopping: watch::Receiver<bool>,
+) -> io::Result<()> {
     let stopped = async move { drop(stopping.wait_for(|stop| *stop).await) };
     axum::serve(listener, app).with_graceful_shutdown(stopped).into_future().await
 }

@@ -131,7 +131,7 @@ impl Admission {
             };
             let answer = match self.cluster.place(&waiting.wanted, &waiting.prompt) {
                 Ok(grant) => Ok(Offer { grant, permit }),
-                Err(denied) => match verdict(&denied) {
+                Err(denied) => match verdict(&denied, &waiting.wanted) {
                     Some(error) => Err(error),
                     None => {
                         passed.by(id, waiting);
@@ -195,11 +195,11 @@ impl Ticket {
     }
 
     /// Goes back to its place, with the offer that was refused given back.
-    pub fn put_back(&mut self, refused: Offer, avoid: &[String]) {
+    pub fn put_back(&mut self, refused: Offer, wanted: Wanted) {
         drop(refused);
         let (sender, answer) = oneshot::channel();
         self.answer = answer;
-        self.wanted.avoid = avoid.to_vec();
+        self.wanted = wanted;
         let (wanted, prompt) = (self.wanted.clone(), self.prompt.clone());
         let waiting = Waiting { wanted, prompt, runs: self.runs, answer: Some(sender) };
         self.admission.lock().put_back(self.id, waiting);
@@ -235,8 +235,12 @@ impl Drop for Ticket {
 }
 
 /// The error for a request that waiting cannot help.
-fn verdict(denied: &Denied) -> Option<Error> {
+fn verdict(denied: &Denied, wanted: &Wanted) -> Option<Error> {
     match denied {
+        // It holds a reservation that nobody can fill now; without it there may be a place for both.
+        Decision::NoMembers(role) if wanted.pinned.is_some() => {
+            Some(Error::new(ErrorCode::NoMembers, no_members(*role)))
+        }
         Decision::TooLong { tokens, limit } => Some(Error::new(
             ErrorCode::ContextLength,
             format!(

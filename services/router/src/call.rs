@@ -29,6 +29,19 @@ pub struct Failure {
     pub lost: bool,
 }
 
+impl Failure {
+    /// The worker leaves in good order: nobody's fault.
+    pub fn is_draining(&self) -> bool {
+        self.error.code() == ErrorCode::Draining
+    }
+
+    /// A prefill member's word about decode: either of them, or the way between them, may be at fault.
+    pub fn is_between_workers(&self) -> bool {
+        use ErrorCode::{Digest, PeerLost, StaleEpoch, UnknownReservation};
+        matches!(self.error.code(), PeerLost | UnknownReservation | StaleEpoch | Digest)
+    }
+}
+
 /// Events of a worker as they come.
 pub struct Listening<E> {
     events: BoxStream<'static, Result<E, Status>>,

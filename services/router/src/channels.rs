@@ -1,6 +1,7 @@
 //! Connections to workers: a few per address, opened when first used, kept alive by HTTP/2 pings, dropped
 //! when the member has left. Streams that run on a dropped connection end in their own time.
 
+use proto::Dial;
 use std::{
     collections::{HashMap, HashSet},
     sync::{
@@ -24,13 +25,14 @@ pub struct Settings {
 
 pub struct Channels {
     settings: Settings,
+    dial: Dial,
     open: Mutex<HashMap<String, Vec<Channel>>>,
     turn: AtomicUsize,
 }
 
 impl Channels {
-    pub fn new(settings: Settings) -> Self {
-        Channels { settings, open: Mutex::default(), turn: AtomicUsize::new(0) }
+    pub fn new(settings: Settings, dial: Dial) -> Self {
+        Channels { settings, dial, open: Mutex::default(), turn: AtomicUsize::new(0) }
     }
 
     /// One of the connections to `address`, in turn. Fails only if the address is not a URL.
@@ -38,7 +40,8 @@ impl Channels {
         let mut open = self.lock();
         if !open.contains_key(address) {
             let endpoint = self.endpoint(address)?;
-            let channels = (0..self.settings.per_address.max(1)).map(|_| endpoint.connect_lazy()).collect();
+            let channels =
+                (0..self.settings.per_address.max(1)).map(|_| self.dial.channel(&endpoint)).collect();
             open.insert(address.to_owned(), channels);
         }
         let channels = &open[address];
@@ -74,7 +77,8 @@ mod tests {
     #[tokio::test]
     async fn connections_are_shared_and_dropped_with_their_member() {
         let second = Duration::from_secs(1);
-        let channels = Channels::new(Settings { per_address: 2, connect: second, silence: second });
+        let settings = Settings { per_address: 2, connect: second, silence: second };
+        let channels = Channels::new(settings, Dial::default());
         for _ in 0..5 {
             channels.get("http://127.0.0.1:1").unwrap();
         }

@@ -19,7 +19,6 @@ use tokio::{sync::Notify, time::Instant};
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     pub credits: Credits,
-    pub suspect: Duration,
     pub refusal: Duration,
     /// Block hashes remembered per member.
     pub prefix_blocks: usize,
@@ -50,7 +49,8 @@ struct Known {
     /// What we took and gave back since the member last reported its load.
     unreported: Use,
     prefixes: Prefixes,
-    suspected_until: Option<Instant>,
+    /// It failed, and has answered nobody since.
+    suspected: bool,
     full_until: Option<Instant>,
     turn: u64,
 }
@@ -101,7 +101,7 @@ impl Cluster {
             pending: Use::default(),
             unreported: Use::default(),
             prefixes: Prefixes::new(self.settings.prefix_blocks),
-            suspected_until: None,
+            suspected: false,
             full_until: None,
             turn: 0,
         }
@@ -111,7 +111,7 @@ impl Cluster {
     pub fn place(self: &Arc<Self>, wanted: &Wanted, prompt: &Prompt) -> Result<Grant, Denied> {
         let mut state = self.lock();
         let now = Instant::now();
-        let candidates: Vec<_> = state.members.values().map(|known| known.candidate(prompt, now)).collect();
+        let candidates = state.candidates(wanted, prompt, now);
         match policy::place(wanted, &candidates, self.settings.credits) {
             Decision::Place { prefill, decode, uncached } => {
                 drop(candidates);
@@ -153,23 +153,33 @@ impl Cluster {
     /// What keeps a request from being placed now.
     pub fn lack(&self, wanted: &Wanted, prompt: &Prompt) -> Option<Denied> {
         let (state, now) = (self.lock(), Instant::now());
-        let candidates: Vec<_> = state.members.values().map(|known| known.candidate(prompt, now)).collect();
-        match policy::place(wanted, &candidates, self.settings.credits) {
+        match policy::place(wanted, &state.candidates(wanted, prompt, now), self.settings.credits) {
             Decision::Place { .. } => None,
             denied => Some(denied),
         }
     }
 
-    /// The member failed: nothing new goes there for a while.
+    /// The member failed: nothing new goes there until it has answered. What membership says of it proves
+    /// nothing: it may reach the membership, and not be reached by us.
     pub fn suspect(&self, id: &str) {
-        let until = Instant::now() + self.settings.suspect;
-        self.with(id, |known| known.suspected_until = Some(until));
+        self.with(id, |known| known.suspected = true);
         self.changed.notify_one();
     }
 
     /// The member answered.
     pub fn trust(&self, id: &str) {
-        self.with(id, |known| known.suspected_until = None);
+        let mut suspected = false;
+        self.with(id, |known| suspected = std::mem::take(&mut known.suspected));
+        if suspected {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Members that failed and have not answered since.
+    pub fn suspects(&self) -> Vec<Arc<Member>> {
+        let state = self.lock();
+        let suspects = state.members.values().filter(|known| known.present && known.suspected);
+        suspects.map(|known| known.member.clone()).collect()
     }
 
     /// The member refused for want of capacity, whatever its last report says.
@@ -189,16 +199,15 @@ impl Cluster {
     /// Whether a request could be placed at all; if not, why.
     pub fn readiness(&self) -> Result<(), String> {
         let (state, now, nothing) = (self.lock(), Instant::now(), Prompt::new(&[]));
-        let candidates: Vec<_> = state.members.values().map(|known| known.candidate(&nothing, now)).collect();
-        policy::readiness(&candidates)
+        policy::readiness(&state.candidates(&Wanted::default(), &nothing, now))
     }
 
     /// How many members are in each role and state.
     pub fn census(&self) -> BTreeMap<(Role, &'static str), u32> {
-        let (state, now) = (self.lock(), Instant::now());
+        let state = self.lock();
         let mut census = BTreeMap::new();
         for known in state.members.values().filter(|known| known.present) {
-            *census.entry((known.member.role(), known.condition(now))).or_default() += 1;
+            *census.entry((known.member.role(), known.condition())).or_default() += 1;
         }
         census
     }
@@ -241,6 +250,16 @@ impl Cluster {
 }
 
 impl State {
+    /// The members as `wanted` sees them.
+    fn candidates(&self, wanted: &Wanted, prompt: &Prompt, now: Instant) -> Vec<Candidate<'_>> {
+        let shunned = |known: &Known| wanted.shuns(&known.member.id, now);
+        let candidate = |known| {
+            let candidate = Known::candidate(known, prompt, now);
+            Candidate { excluded: candidate.excluded || shunned(known), ..candidate }
+        };
+        self.members.values().map(candidate).collect()
+    }
+
     /// A member that policy chose from this very state.
     fn chosen(&mut self, id: &str, prompt: &Prompt, turn: u64) -> &mut Known {
         let known = self.members.get_mut(id).expect("policy chooses among the members it was given");
@@ -251,7 +270,7 @@ impl State {
 }
 
 impl Known {
-    /// A changed record is a sign of life, and a new load report includes what we have done until now.
+    /// A new load report includes what we have done until now.
     fn report(&mut self, member: &Member) {
         self.present = true;
         if *self.member == *member {
@@ -261,7 +280,6 @@ impl Known {
             self.unreported = Use::default();
             self.full_until = None;
         }
-        self.suspected_until = None;
         self.member = Arc::new(member.clone());
     }
 
@@ -275,7 +293,7 @@ impl Known {
         let cached = self.prefixes.matching(&prompt.hashes(block_tokens));
         Candidate {
             member: &self.member,
-            excluded: self.condition(now) != "ready",
+            excluded: self.condition() != "ready",
             full: self.full_until.is_some_and(|until| now < until),
             blocks_free: u32::try_from(free.clamp(0, total)).unwrap_or(0),
             sequences_used: u32::try_from(used.max(0)).unwrap_or(u32::MAX),
@@ -286,13 +304,13 @@ impl Known {
         }
     }
 
-    fn condition(&self, now: Instant) -> &'static str {
+    fn condition(&self) -> &'static str {
         let reporting = self.member.load.is_some_and(|load: Load| load.blocks_total > 0);
         match () {
             _ if !self.present => "gone",
             _ if self.member.draining => "draining",
             _ if !reporting => "starting",
-            _ if self.suspected_until.is_some_and(|until| now < until) => "suspected",
+            _ if self.suspected => "suspected",
             _ => "ready",
         }
     }

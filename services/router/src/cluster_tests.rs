@@ -5,8 +5,7 @@ use crate::policy::Lack;
 
 fn settings() -> Settings {
     let credits = Credits { tokens: 1000, requests: 2 };
-    let short = Duration::from_secs(1);
-    Settings { credits, suspect: short, refusal: short, prefix_blocks: 100 }
+    Settings { credits, refusal: Duration::from_secs(1), prefix_blocks: 100 }
 }
 
 fn member(id: &str, role: Role, free: u32) -> Member {
@@ -55,20 +54,43 @@ async fn credits_come_back() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn suspicion_and_refusal_pass_with_time_or_a_sign_of_life() {
+async fn suspicion_passes_with_an_answer_and_refusal_with_time_or_a_report() {
     let cluster = Cluster::new(settings());
     cluster.update(&view(&[member("b", Role::Both, 10)]));
     cluster.suspect("b");
     assert_eq!(place(&cluster, 2).err(), Some(Decision::NoMembers(Role::Prefill)));
     assert!(cluster.readiness().is_err());
-    cluster.update(&view(&[member("b", Role::Both, 10)]));
-    assert!(place(&cluster, 2).is_err(), "the same record again is no sign of life");
+    cluster.update(&view(&[member("b", Role::Both, 9)]));
+    tokio::time::advance(Duration::from_secs(100)).await;
+    assert!(place(&cluster, 2).is_err(), "membership hears of it, we do not");
+    assert_eq!(cluster.suspects()[0].id, "b");
+    cluster.trust("b");
+    assert!(place(&cluster, 2).is_ok() && cluster.suspects().is_empty());
+    cluster.refused("b");
+    assert!(place(&cluster, 2).is_err());
     tokio::time::advance(Duration::from_secs(1)).await;
     assert!(place(&cluster, 2).is_ok());
-    cluster.suspect("b");
     cluster.refused("b");
-    cluster.update(&view(&[member("b", Role::Both, 9)]));
+    cluster.update(&view(&[member("b", Role::Both, 10)]));
     assert!(place(&cluster, 2).is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_failed_a_request_is_shunned_by_it_for_a_pause() {
+    let cluster = Cluster::new(settings());
+    cluster.update(&view(&[member("b", Role::Both, 10)]));
+    let wanted = Wanted {
+        tokens: 2,
+        total: 3,
+        avoid: vec!["b".into()],
+        shun_until: Some(Instant::now() + Duration::from_secs(1)),
+        ..Wanted::default()
+    };
+    let again = || cluster.place(&wanted, &Prompt::new(&[1, 2]));
+    assert!(again().is_err());
+    assert!(place(&cluster, 2).is_ok(), "others go there");
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert!(again().is_ok());
 }
 
 #[tokio::test(start_paused = true)]

@@ -68,8 +68,11 @@ pub struct Liveness {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Members {
-    /// A member that failed gets no new placement for this long, unless it shows life before.
-    pub suspect_ms: u64,
+    /// A member that failed gets no new placement until it has answered a probe; the pace of probes.
+    pub probe_ms: u64,
+    /// A request that failed on a member goes to another at once, but back to the same one, if there is no other,
+    /// only after this long; twice as long after each further failure.
+    pub retry_ms: u64,
     /// A member that refused for want of capacity is left alone for this long, unless its load changes before.
     pub refusal_ms: u64,
     /// Block hashes remembered per member, to find cached prefixes.
@@ -117,7 +120,7 @@ impl Default for Liveness {
 
 impl Default for Members {
     fn default() -> Self {
-        Members { suspect_ms: 2_000, refusal_ms: 100, prefix_blocks: 65_536, connections: 4 }
+        Members { probe_ms: 500, retry_ms: 100, refusal_ms: 100, prefix_blocks: 65_536, connections: 4 }
     }
 }
 
@@ -137,6 +140,7 @@ impl Config {
             ("liveness.silence_ms", self.liveness.silence_ms),
             ("liveness.connect_ms", self.liveness.connect_ms),
             ("liveness.stalled_client_ms", self.liveness.stalled_client_ms),
+            ("members.probe_ms", self.members.probe_ms),
             ("members.connections", self.members.connections as u64),
         ];
         match positive.iter().find(|(_, value)| *value == 0) {

@@ -9,12 +9,13 @@ use crate::{
     config::ms,
     metrics::Metrics,
     policy::Credits,
+    probe,
     service::{Events, Service},
 };
 use futures::StreamExt;
 use membership::View;
 use proto::{
-    DecodeCall, DecodeEvent, Error, ErrorCode, FinishReason, GenerateRequest, Heartbeat, Load, Member,
+    DecodeCall, DecodeEvent, Dial, Error, ErrorCode, FinishReason, GenerateRequest, Heartbeat, Load, Member,
     PrefillEvent, PrefillRequest, Role, Sampling, Sequence, Stop, Token, decode_call::Call,
     decode_event::Event as D, decode_server, generate_event::Event, prefill_event::Event as P,
     prefill_server, router_server::Router as _,
@@ -362,7 +363,8 @@ pub fn config() -> Config {
     config.queue.timeout_ms = 10_000;
     config.liveness.silence_ms = 400;
     config.liveness.heartbeat_ms = 50;
-    config.members.suspect_ms = 100;
+    config.members.probe_ms = 20;
+    config.members.retry_ms = 20;
     config.members.refusal_ms = 50;
     config
 }
@@ -379,6 +381,8 @@ impl Bench {
         bench.view(&bench.members);
         let admission = bench.shared.admission.clone();
         tokio::spawn(async move { admission.run().await });
+        let shared = bench.shared.clone();
+        tokio::spawn(async move { probe::run(&shared).await });
         bench
     }
 
@@ -414,12 +418,12 @@ impl Bench {
 fn shared(config: Config) -> Shared {
     let cluster = Cluster::new(cluster::Settings {
         credits: Credits { tokens: config.prefill.tokens, requests: config.prefill.requests },
-        suspect: ms(config.members.suspect_ms),
         refusal: ms(config.members.refusal_ms),
         prefix_blocks: config.members.prefix_blocks,
     });
     let silence = ms(config.liveness.silence_ms);
-    let channels = Channels::new(channels::Settings { per_address: 2, connect: silence, silence });
+    let settings = channels::Settings { per_address: 2, connect: silence, silence };
+    let channels = Channels::new(settings, Dial::default());
     let admission = Admission::new(cluster.clone(), &config);
     let metrics = Metrics::new(&mut telemetry::Registry::default());
     Shared { config, cluster, admission, channels, metrics, draining: AtomicBool::new(false) }

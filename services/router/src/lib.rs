@@ -14,13 +14,14 @@ mod path;
 mod placed;
 mod policy;
 mod prefixes;
+mod probe;
 mod queue;
 mod request;
 mod serve;
 mod service;
 
 pub use config::{Config, Liveness, Members, Prefill, Queue};
-pub use serve::run;
+pub use serve::{Router, run};
 
 use std::{
     net::SocketAddr,

@@ -11,10 +11,10 @@ use crate::{
 };
 use handoff::placement::{Action, End, Event, Placement, State};
 use proto::{
-    Advance, DecodeEvent, DecodeFinished, Delivered, Error, ErrorCode, Finished, PrefillEvent,
+    Advance, DecodeEvent, DecodeFinished, Delivered, Error, ErrorCode, Finished, Member, PrefillEvent,
     PrefillRequest, Token, decode_call::Call, decode_event::Event as Decode, prefill_event::Event as Prefill,
 };
-use std::future::pending;
+use std::{future::pending, sync::Arc};
 use tokio::time::{Instant, sleep_until};
 
 /// Prefill workers tried on one reservation; after that decode itself is in doubt, and all is placed anew.
@@ -47,6 +47,10 @@ pub struct Placed<'a> {
     prefill: Option<Listening<PrefillEvent>>,
     /// Waiting for the credit of another prefill member.
     ticket: Option<(Ticket, PrefillRequest)>,
+    /// A prefill member that says that decode is lost; decode's own answer decides which of them is.
+    doubted: Option<(Arc<Member>, Failure)>,
+    /// Why the sequence moves, if nobody is to blame.
+    cause: Option<&'static str>,
     /// The token that the machine is judging.
     incoming: Option<Token>,
     /// Decode is ahead of prefill, which has yet to tell the first token on its own connection. Decode is
@@ -77,6 +81,8 @@ impl<'a> Placed<'a> {
             credit: Some(offer.grant.prefill),
             prefill: None,
             ticket: None,
+            doubted: None,
+            cause: None,
             incoming: None,
             early: None,
             finished: None,
@@ -113,7 +119,8 @@ impl<'a> Placed<'a> {
             Heard::Decode(Err(failure)) => self.decode_lost(failure).await,
             Heard::Prefill(Ok(event)) => self.prefill_event(event).await,
             Heard::Prefill(Err(failure)) => self.prefill_lost(failure).await,
-            Heard::Credit(offer) => self.credit_granted(offer?).await,
+            Heard::Credit(Ok(offer)) => self.credit_granted(offer).await,
+            Heard::Credit(Err(error)) => Err(no_credit(error)),
             Heard::Unanswered => {
                 let message = format!("decode worker {} did not answer an advance", self.slot.member.id);
                 let error = Error::new(ErrorCode::WorkerLost, message);
@@ -149,10 +156,12 @@ impl<'a> Placed<'a> {
             Some(Decode::PromptLogprob(logprob)) => Ok(self.life.prompt_logprob(logprob).await?),
             Some(Decode::Advanced(advanced)) => {
                 self.answer_by = None;
+                self.settle_doubt()?;
+                self.life.migrate(self.cause.take().unwrap_or("prefill_lost"));
                 self.tell(Event::Advanced { epoch: advanced.epoch, accepted: advanced.accepted }).await
             }
             Some(Decode::AlreadyComplete(_)) => {
-                self.answer_by = None;
+                (self.answer_by, self.doubted) = (None, None);
                 self.tell(Event::AlreadyComplete).await
             }
             Some(Decode::Preempted(_)) => self.tell(Event::Preempted).await,
@@ -222,6 +231,15 @@ impl<'a> Placed<'a> {
     }
 
     async fn decode_lost(&mut self, failure: Failure) -> Result<(), Ending> {
+        self.doubted = None;
+        if failure.is_draining() {
+            self.cause = Some("drained");
+            return self.tell(Event::Preempted).await;
+        }
+        if self.ticket.is_some() && !failure.lost {
+            // It has waited for a prefill that we did not find.
+            return Err(Ending::Elsewhere("prefill_lost"));
+        }
         let member = self.slot.member.clone();
         self.life.blame(&member, &failure)?;
         self.tell(Event::DecodeLost).await
@@ -232,14 +250,30 @@ impl<'a> Placed<'a> {
         if let Some(event) = self.early.take() {
             return self.prefill_lost_at_the_end(event).await;
         }
-        if self.machine.state() == State::Prefilling {
-            if let Some(member) = member {
-                self.life.shared.cluster.refused(&member.id);
-                self.life.blame(&member, &failure)?;
-            }
-            self.life.migrate("prefill_lost");
+        if let (State::Prefilling, Some(member)) = (self.machine.state(), member) {
+            self.judge_prefill(member, failure)?;
         }
         self.tell(Event::PrefillLost { epoch: self.machine.epoch(), retryable: true }).await
+    }
+
+    fn judge_prefill(&mut self, member: Arc<Member>, failure: Failure) -> Result<(), Error> {
+        if failure.is_draining() {
+            self.life.shared.cluster.refused(&member.id);
+            self.cause = Some("drained");
+        } else if failure.is_between_workers() {
+            self.doubted = Some((member, failure));
+        } else {
+            self.life.shared.cluster.refused(&member.id);
+            self.life.blame(&member, &failure)?;
+        }
+        Ok(())
+    }
+
+    /// Decode lives, but this prefill member does not get through to it: they are not to meet again.
+    fn settle_doubt(&mut self) -> Result<(), Error> {
+        let Some((member, failure)) = self.doubted.take() else { return Ok(()) };
+        self.life.avoid(&self.slot.member.id);
+        self.life.blame(&member, &failure)
     }
 
     /// Decode has all of it, and knows the first token; but prompt logprobs are gone with prefill.
@@ -284,10 +318,15 @@ impl<'a> Placed<'a> {
     }
 
     fn ending(&mut self, end: End) -> Ending {
+        if end == End::PrefillLost
+            && let Err(error) = self.settle_doubt()
+        {
+            return Ending::Failed(error);
+        }
         match (end, self.finished.take()) {
             (End::Finished, Some(finished)) => Ending::Finished(finished),
-            (End::Preempted, _) => Ending::Elsewhere("preempted"),
-            (End::PrefillLost, _) => Ending::Elsewhere("prefill_lost"),
+            (End::Preempted, _) => Ending::Elsewhere(self.cause.unwrap_or("preempted")),
+            (End::PrefillLost, _) => Ending::Elsewhere(self.cause.unwrap_or("prefill_lost")),
             (End::DecodeLost, _) => Ending::Elsewhere("decode_lost"),
             (End::Finished | End::Protocol, _) => self.protocol("a message out of its place"),
         }
@@ -340,6 +379,7 @@ impl<'a> Placed<'a> {
             blocks_present: present,
             blocks_accepted: accepted,
             forced: forced.map(|id| Token { id, position, ..Token::default() }),
+            member: String::new(),
         }
     }
 
@@ -352,7 +392,10 @@ impl<'a> Placed<'a> {
         };
         let member = credit.member.clone();
         match self.life.peer(&member) {
-            Ok(peer) => self.prefill = Some(prefill(peer, request)),
+            Ok(peer) => {
+                let request = PrefillRequest { member: member.id.clone(), ..request };
+                self.prefill = Some(prefill(peer, request));
+            }
             Err(failure) => {
                 self.life.blame(&member, &failure)?;
                 return Err(Ending::Elsewhere("prefill_lost"));
@@ -373,6 +416,14 @@ impl<'a> Placed<'a> {
             self.slot.member.id
         );
         Ending::Failed(Error::new(ErrorCode::Internal, message))
+    }
+}
+
+/// The reservation is given up, not the request, unless its time is over.
+fn no_credit(error: Error) -> Ending {
+    match error.code() {
+        ErrorCode::Deadline => Ending::Failed(error),
+        _ => Ending::Elsewhere("prefill_lost"),
     }
 }
 

@@ -3,6 +3,7 @@
 //! are paired; when nothing fits the decision says why. Knows no clock and no sockets, and changes nothing.
 
 use proto::{Member, Role};
+use tokio::time::Instant;
 
 /// What placing needs to know of a request.
 #[derive(Clone, Debug, Default)]
@@ -17,6 +18,15 @@ pub struct Wanted {
     pub pinned: Option<String>,
     /// Members that failed it: taken only when there is no other.
     pub avoid: Vec<String>,
+    /// Until then not even when there is no other: what failed a moment ago would fail again.
+    pub shun_until: Option<Instant>,
+}
+
+impl Wanted {
+    /// Whether a member is out of the question at `now`.
+    pub fn shuns(&self, member: &str, now: Instant) -> bool {
+        self.shun_until.is_some_and(|until| now < until) && self.avoid.iter().any(|id| id == member)
+    }
 }
 
 /// A member as one request sees it.

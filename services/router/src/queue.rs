@@ -122,29 +122,27 @@ impl<T> Queue<T> {
     pub fn put_back(&mut self, id: Id, item: T) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.item = item;
-        let charge = entry.offered.take().unwrap_or_default();
-        self.virtual_time = self.virtual_time.saturating_sub(charge.virtual_time);
-        if let Some(account) = self.accounts.get_mut(&entry.place.tenant) {
-            *account = account.saturating_sub(charge.tenant);
-        }
+        let (tenant, charge) = (entry.place.tenant.clone(), entry.offered.take());
+        self.refund(&tenant, charge);
     }
 
     /// The request is placed and leaves.
     pub fn admit(&mut self, id: Id, now: Instant) {
-        if self.remove(id).is_none() {
+        if self.entries.remove(&id).is_none() {
             return;
         }
+        self.forget_accounts();
         self.departures.push_back(now);
         if self.departures.len() > RATE_WINDOW {
             self.departures.pop_front();
         }
     }
 
-    /// The request has ended unplaced, and leaves.
-    pub fn remove(&mut self, id: Id) -> Option<T> {
-        let entry = self.entries.remove(&id)?;
+    /// The request has ended unplaced, and leaves; what an offer under trial has cost is returned.
+    pub fn remove(&mut self, id: Id) {
+        let Some(entry) = self.entries.remove(&id) else { return };
+        self.refund(&entry.place.tenant, entry.offered);
         self.forget_accounts();
-        Some(entry.item)
     }
 
     pub fn is_empty(&self) -> bool {
@@ -186,6 +184,14 @@ impl<T> Queue<T> {
     fn tenants(&self) -> usize {
         let waiting = self.entries.values().filter(|entry| entry.offered.is_none());
         waiting.map(|entry| entry.place.tenant.as_str()).collect::<HashSet<_>>().len()
+    }
+
+    fn refund(&mut self, tenant: &str, charge: Option<Charge>) {
+        let charge = charge.unwrap_or_default();
+        self.virtual_time = self.virtual_time.saturating_sub(charge.virtual_time);
+        if let Some(account) = self.accounts.get_mut(tenant) {
+            *account = account.saturating_sub(charge.tenant);
+        }
     }
 
     /// Keeps the accounts bounded: those that a returning tenant would be lifted above anyway go first.

@@ -65,6 +65,17 @@ fn a_refused_placement_keeps_its_place_and_its_tenant_pays_nothing() {
 }
 
 #[test]
+fn who_leaves_while_a_placement_is_tried_owes_nothing() {
+    let (mut queue, now) = (queue(8), Instant::now());
+    let first = queue.push(place("a", 0, now), 0).unwrap();
+    queue.offer(first, 1_000_000);
+    queue.remove(first);
+    queue.push(place("b", 0, now + Duration::from_millis(1)), 2).unwrap();
+    queue.push(place("a", 0, now), 1).unwrap();
+    assert_eq!(serve(&mut queue, now), Some(1), "equal accounts: by arrival");
+}
+
+#[test]
 fn refused_placements_do_not_set_newcomers_back() {
     let (mut queue, now) = (queue(8), Instant::now());
     let first = queue.push(place("a", 0, now), 0).unwrap();

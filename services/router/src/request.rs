@@ -35,8 +35,9 @@ pub struct Life {
     permit: Option<OwnedSemaphorePermit>,
     /// Placements that failed.
     failures: u32,
-    /// Members they failed on.
+    /// Members they failed on, and until when not even the last of them is tried again.
     avoid: Vec<String>,
+    shun_until: Option<Instant>,
     started: bool,
 }
 
@@ -70,14 +71,17 @@ impl Life {
             asked => asked.into(),
         };
         let (tenant, priority) = (request.tenant, sequence.priority);
+        // Another router has begun it.
+        let resumed = sequence.tokens.len() > sequence.prompt_len as usize;
         Life {
-            place: Place { tenant, priority, arrival: Instant::now(), resumed: false },
+            place: Place { tenant, priority, arrival: Instant::now(), resumed },
             path: Path::new(sequence),
             model: request.model,
             timeout: config::ms(timeout),
             permit: None,
             failures: 0,
             avoid: Vec::new(),
+            shun_until: None,
             started: false,
             shared,
             client,
@@ -99,14 +103,18 @@ impl Life {
 
     async fn answer(&mut self) -> Result<Finished, Error> {
         loop {
+            if let Some(finished) = self.path.ended() {
+                return Ok(finished);
+            }
             let reserved = self.reserve().await?;
+            let before = (self.path.len(), self.failures);
             match Placed::new(self, reserved).run().await {
                 Ending::Finished(finished) => return Ok(finished),
                 Ending::Failed(error) => return Err(error),
                 Ending::Elsewhere(cause) => self.migrate(cause),
             }
-            if let Some(finished) = self.path.ended() {
-                return Ok(finished);
+            if before == (self.path.len(), self.failures) {
+                self.fail(Error::new(ErrorCode::NoCapacity, "moved on without a token gained"))?;
             }
             self.place.resumed = true;
         }
@@ -132,23 +140,28 @@ impl Life {
                 Err(Refusal::Failed(failure)) => self.blame(&member, &failure)?,
                 Err(Refusal::Late) => return Err(ticket.expired()),
             }
-            ticket.put_back(offer, &self.avoid);
+            ticket.put_back(offer, self.wanted(None));
         }
     }
 
     /// Joins the queue; `pinned`: for a prefill member that suits this decode member.
     pub fn queue(&self, pinned: Option<&str>) -> Result<Ticket, Error> {
-        let wanted = Wanted {
+        let wanted = self.wanted(pinned);
+        let place = Place { resumed: self.place.resumed || pinned.is_some(), ..self.place.clone() };
+        let runs = self.permit.is_some();
+        let prompt = Arc::new(Prompt::new(&self.path.sequence().tokens));
+        self.shared.admission.join(Ask { wanted, prompt, place, timeout: self.timeout, runs })
+    }
+
+    fn wanted(&self, pinned: Option<&str>) -> Wanted {
+        Wanted {
             model: self.model.clone(),
             tokens: self.path.len(),
             total: self.path.total(),
             pinned: pinned.map(str::to_owned),
             avoid: self.avoid.clone(),
-        };
-        let place = Place { resumed: self.place.resumed || pinned.is_some(), ..self.place.clone() };
-        let runs = self.permit.is_some();
-        let prompt = Arc::new(Prompt::new(&self.path.sequence().tokens));
-        self.shared.admission.join(Ask { wanted, prompt, place, timeout: self.timeout, runs })
+            shun_until: self.shun_until,
+        }
     }
 
     async fn open(
@@ -160,7 +173,9 @@ impl Life {
         let here = grant.prefill.member.id == grant.decode.member.id;
         let sequence = Some(self.path.sequence().clone());
         let peer = self.peer(&grant.decode.member).map_err(Refusal::Failed)?;
-        let mut decode = DecodeStream::open(peer, DecodeStart { sequence, prefill_here: here, forced: None });
+        let member = grant.decode.member.id.clone();
+        let start = DecodeStart { sequence, prefill_here: here, forced: None, member };
+        let mut decode = DecodeStream::open(peer, start);
         let first = timeout_at(deadline, decode.events.next()).await.map_err(|_| Refusal::Late)?;
         let first = first.map_err(|failure| match failure.error.code() {
             ErrorCode::NoCapacity | ErrorCode::Draining => Refusal::Full,
@@ -193,25 +208,35 @@ impl Life {
         if failure.lost {
             self.shared.cluster.suspect(&member.id);
         }
+        self.avoid(&member.id);
+        self.fail(failure.error.clone())
+    }
+
+    /// Places this request on the member only if there is no other.
+    pub fn avoid(&mut self, member: &str) {
+        self.avoid.push(member.to_owned());
+    }
+
+    fn fail(&mut self, error: Error) -> Result<(), Error> {
+        let pause =
+            config::ms(self.shared.config.members.retry_ms).saturating_mul(1 << self.failures.min(10));
+        self.shun_until = Some(Instant::now() + pause);
         self.failures += 1;
-        let Error { code, message } = failure.error.clone();
-        if !failure.error.code().is_retryable() {
-            return Err(failure.error.clone());
+        if !error.code().is_retryable() {
+            return Err(error);
         }
         if self.failures >= self.shared.config.attempts {
+            let Error { code, message } = error;
             let message = format!("gave up after {} failed placements; the last: {message}", self.failures);
             return Err(Error { code, message });
         }
-        self.avoid.push(member.id.clone());
         Ok(())
     }
 
-    /// Counts a sequence that moves after its client has seen tokens.
+    /// Counts a sequence that had a place and goes on in another.
     pub fn migrate(&self, cause: &'static str) {
-        if self.path.begun() {
-            tracing::info!(cause, tokens = self.path.len(), "the sequence moves");
-            self.shared.metrics.migration(cause);
-        }
+        tracing::info!(cause, tokens = self.path.len(), "the sequence moves");
+        self.shared.metrics.migration(cause);
     }
 
     /// Tells the client once that computing has begun.

@@ -167,6 +167,80 @@ async fn preemption_moves_the_sequence_and_counts_as_no_failure() {
 }
 
 #[tokio::test]
+async fn a_worker_that_leaves_is_no_failure() {
+    let mut strict = config();
+    strict.attempts = 1;
+    for (decode, prefill, asked) in
+        [(D::Fail(3, ErrorCode::Draining), P::Well, (2, 2)), (D::Well, P::Fail(ErrorCode::Draining), (1, 2))]
+    {
+        let bench = Bench::start(strict.clone(), &TWO_PAIRS).await;
+        bench.script(&[decode], &[prefill]);
+        bench.answer(PROMPT, OUTPUT).await.is_whole(PROMPT, OUTPUT);
+        assert_eq!((decodes(&bench).len(), prefills(&bench).len()), asked, "{decode:?} {prefill:?}");
+        bench.quiet().await;
+    }
+}
+
+#[tokio::test]
+async fn decode_is_asked_before_prefill_is_blamed_for_a_broken_delivery() {
+    let mut strict = config();
+    strict.attempts = 2;
+    let lost = P::Fail(ErrorCode::PeerLost);
+    // Decode lives: another prefill member may get through to it.
+    let bench = Bench::start(strict.clone(), &TWO_PAIRS).await;
+    bench.script(&[], &[lost]);
+    bench.answer(PROMPT, OUTPUT).await.is_whole(PROMPT, OUTPUT);
+    assert_eq!(decodes(&bench).len(), 1);
+    assert_eq!(prefills(&bench).iter().map(|asked| asked.0.as_str()).collect::<Vec<_>>(), ["p1", "p2"]);
+    // Decode does not answer: one failure, and it is not prefill's.
+    let bench = Bench::start(strict, &TWO_PAIRS).await;
+    bench.script(&[D::Deaf], &[lost]);
+    bench.answer(PROMPT, OUTPUT).await.is_whole(PROMPT, OUTPUT);
+    assert_eq!(decodes(&bench), [("d1".into(), 10), ("d2".into(), 10)]);
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn two_that_cannot_reach_each_other_do_not_meet_again() {
+    let bench = Bench::start(config(), &[TWO_PAIRS[0], TWO_PAIRS[2], TWO_PAIRS[3]]).await;
+    bench.script(&[], &[P::Fail(ErrorCode::PeerLost)]);
+    bench.answer(PROMPT, OUTPUT).await.is_whole(PROMPT, OUTPUT);
+    assert_eq!(decodes(&bench), [("d1".into(), 10), ("d2".into(), 10)]);
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn a_lone_worker_gets_time_to_recover() {
+    let mut patient = config();
+    patient.members.retry_ms = 50;
+    let bench = Bench::start(patient, &PAIR).await;
+    let error = D::Refuse(ErrorCode::Internal);
+    bench.script(&[error; 4], &[]);
+    let start = Instant::now();
+    bench.answer(PROMPT, OUTPUT).await.is_whole(PROMPT, OUTPUT);
+    assert!(start.elapsed() >= Duration::from_millis(50 + 100 + 200 + 400), "{:?}", start.elapsed());
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn what_another_router_began_goes_on_and_first() {
+    let bench = Bench::start(config(), &PAIR).await;
+    let mut begun = request(PROMPT, OUTPUT);
+    let sequence = begun.sequence.as_mut().unwrap();
+    sequence.tokens.extend([1010, 1011]);
+    let answer = collect(bench.ask(begun).await.unwrap()).await;
+    assert_eq!(
+        answer.tokens.iter().map(|token| token.id).collect::<Vec<_>>(),
+        [1012, 1013, 1014, 1015, 1016, 1017]
+    );
+    let mut over = request(PROMPT, 2);
+    over.sequence.as_mut().unwrap().tokens.extend([1010, 1011]);
+    let answer = collect(bench.ask(over).await.unwrap()).await;
+    assert!(answer.finished && answer.tokens.is_empty(), "its last token was there, its end was not");
+    bench.quiet().await;
+}
+
+#[tokio::test]
 async fn attempts_are_bounded_and_the_last_error_is_told() {
     let mut twice = config();
     twice.attempts = 2;

@@ -9,14 +9,18 @@ use crate::{
     config::ms,
     metrics::Metrics,
     policy::Credits,
+    probe,
     service::Service,
 };
+use axum::serve::Listener;
+use futures::Stream;
 use membership::{Membership, MembershipConfig, RegistryServer, View};
-use proto::router_server::RouterServer;
+use proto::{Dial, router_server::RouterServer};
 use std::{
     collections::HashSet,
+    fmt,
     future::Future,
-    io::Write,
+    io::{self, Write},
     net::SocketAddr,
     sync::{
         Arc,
@@ -26,13 +30,14 @@ use std::{
 };
 use telemetry::{Registry, admin, admin::Readiness};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::TcpListener,
     sync::watch,
     time::{Instant, sleep},
 };
 use tonic::transport::{
     Server,
-    server::{Router, TcpIncoming},
+    server::{Connected, Router as Services, TcpIncoming},
 };
 
 /// How often gauges and readiness are brought up to date when the membership does not change.
@@ -45,37 +50,73 @@ const OTHER_STREAMS: usize = 256;
 
 /// Serves until `shutdown` resolves; then running requests may go on for `drain_ms`.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
-    config.check().map_err(Error::Config)?;
-    let mut registry = Registry::default();
-    let shared = Arc::new(shared(config, &mut registry));
-    let source = Source::new(&shared.config)?;
-    let (grpc, admin) = (listen(shared.config.listen).await?, listen(shared.config.admin).await?);
+    let router = Router::new(config)?;
+    let (grpc, admin) = (listen(router.config.listen).await?, listen(router.config.admin).await?);
     announce(&grpc, &admin)?;
-    let (readiness, ready) = watch::channel(Readiness::not("starting"));
-    let stopped = drained(&shared, &source, shutdown);
     let incoming = TcpIncoming::from(grpc).with_nodelay(Some(true));
-    let server = grpc_server(&shared, &source).await?.serve_with_incoming(incoming);
-    tokio::select! {
-        () = stopped => Ok(()),
-        result = server => Ok(result?),
-        result = admin::serve(admin, registry, ready, axum::Router::new(), std::future::pending()) => Ok(result?),
-        () = follow(&shared, source.watch(), readiness) => Ok(()),
-        () = shared.admission.run() => Ok(()),
+    router.serve(incoming, admin, shutdown).await
+}
+
+/// A router that has no ports yet.
+pub struct Router {
+    config: Config,
+    source: Source,
+    dial: Dial,
+}
+
+impl Router {
+    /// With the membership that the configuration names, reaching workers over TCP.
+    pub fn new(config: Config) -> Result<Self, Error> {
+        config.check().map_err(Error::Config)?;
+        Ok(Router { source: Source::new(&config)?, config, dial: Dial::default() })
+    }
+
+    /// With a membership from outside, whatever the configuration names.
+    pub fn of(config: Config, members: Arc<dyn Membership>, dial: Dial) -> Result<Self, Error> {
+        config.check().map_err(Error::Config)?;
+        Ok(Router { config, source: Source::Outside(members), dial })
+    }
+
+    /// On ports that are there already.
+    pub async fn serve<C, L>(
+        self,
+        incoming: impl Stream<Item = io::Result<C>> + Send,
+        admin: L,
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> Result<(), Error>
+    where
+        C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+        L: Listener<Addr: fmt::Debug>,
+    {
+        let Router { config, source, dial } = self;
+        let mut registry = Registry::default();
+        let shared = Arc::new(shared(config, dial, &mut registry));
+        let (readiness, ready) = watch::channel(Readiness::not("starting"));
+        let stopped = drained(&shared, &source, shutdown);
+        let server = grpc_server(&shared, &source).await?.serve_with_incoming(incoming);
+        tokio::select! {
+            () = stopped => Ok(()),
+            result = server => Ok(result?),
+            result = admin::serve(admin, registry, ready, axum::Router::new(), std::future::pending()) => Ok(result?),
+            () = follow(&shared, source.watch(), readiness) => Ok(()),
+            () = shared.admission.run() => Ok(()),
+            () = probe::run(&shared) => Ok(()),
+        }
     }
 }
 
-fn shared(config: Config, registry: &mut Registry) -> Shared {
+fn shared(config: Config, dial: Dial, registry: &mut Registry) -> Shared {
     let cluster = Cluster::new(cluster::Settings {
         credits: Credits { tokens: config.prefill.tokens, requests: config.prefill.requests },
-        suspect: ms(config.members.suspect_ms),
         refusal: ms(config.members.refusal_ms),
         prefix_blocks: config.members.prefix_blocks,
     });
-    let channels = Channels::new(channels::Settings {
+    let settings = channels::Settings {
         per_address: config.members.connections,
         connect: ms(config.liveness.connect_ms),
         silence: ms(config.liveness.silence_ms),
-    });
+    };
+    let channels = Channels::new(settings, dial);
     let admission = Admission::new(cluster.clone(), &config);
     let (metrics, draining) = (Metrics::new(registry), AtomicBool::new(false));
     Shared { config, cluster, admission, channels, metrics, draining }
@@ -85,7 +126,7 @@ fn shared(config: Config, registry: &mut Registry) -> Shared {
 enum Source {
     /// Served here.
     Registry(RegistryServer),
-    Etcd(Arc<dyn Membership>),
+    Outside(Arc<dyn Membership>),
 }
 
 impl Source {
@@ -95,13 +136,13 @@ impl Source {
         }
         let (etcd, prefix, lease_ms) = (config.etcd.clone(), config.prefix.clone(), config.lease_ms);
         let config = MembershipConfig { etcd, prefix, lease_ms, ..MembershipConfig::default() };
-        Ok(Source::Etcd(membership::connect(config)?))
+        Ok(Source::Outside(membership::connect(config)?))
     }
 
     fn watch(&self) -> watch::Receiver<View> {
         match self {
             Source::Registry(registry) => registry.watch(),
-            Source::Etcd(etcd) => etcd.watch(),
+            Source::Outside(members) => members.watch(),
         }
     }
 
@@ -112,7 +153,7 @@ impl Source {
     }
 }
 
-async fn grpc_server(shared: &Arc<Shared>, source: &Source) -> Result<Router, Error> {
+async fn grpc_server(shared: &Arc<Shared>, source: &Source) -> Result<Services, Error> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<RouterServer<Service>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
@@ -134,7 +175,7 @@ async fn grpc_server(shared: &Arc<Shared>, source: &Source) -> Result<Router, Er
         .add_service(reflection);
     Ok(match source {
         Source::Registry(registry) => server.add_service(registry.service()),
-        Source::Etcd(_) => server,
+        Source::Outside(_) => server,
     })
 }
 

@@ -1,7 +1,7 @@
 //! The `Router` service: checks what a gateway asks, starts the request's life, and hands out its events.
 //! Dropping the response ends the life at once, and with it everything the request holds.
 
-use crate::{Shared, config, path::Path, request::Life};
+use crate::{Shared, config, request::Life};
 use futures::Stream;
 use proto::{
     Error, ErrorCode, GenerateEvent, GenerateRequest, Heartbeat, QueueDepth, Sequence, StatusReply,
@@ -76,9 +76,6 @@ fn checked(sequence: Option<Sequence>) -> Result<Sequence, Error> {
     }
     if sequence.sampling.is_none() || sequence.stop.as_ref().is_none_or(|stop| stop.max_tokens == 0) {
         return invalid("`sampling` and `stop.max_tokens` (at least 1) must be set");
-    }
-    if tokens > sequence.prompt_len as usize && Path::new(sequence.clone()).ended().is_some() {
-        return invalid("the sequence to continue has ended already");
     }
     Ok(sequence)
 }

@@ -35,6 +35,8 @@ pub trait Stream: Send + 'static {
 
 pub struct Call<E> {
     pub shared: Arc<Shared>,
+    /// All is computed and on offer: a worker that leaves still delivers it.
+    pub delivers: bool,
     events: mpsc::Sender<Result<E, Status>>,
     pulse: Interval,
 }
@@ -44,7 +46,7 @@ impl<E: Stream> Call<E> {
         let (events, stream) = mpsc::channel(EVENTS);
         let mut pulse = tokio::time::interval(shared.heartbeat_every());
         pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        (Call { shared, events, pulse }, ReceiverStream::new(stream))
+        (Call { shared, delivers: false, events, pulse }, ReceiverStream::new(stream))
     }
 
     /// Waits for room, as long as a router may stall.
@@ -65,7 +67,7 @@ impl<E: Stream> Call<E> {
         loop {
             tokio::select! {
                 () = self.events.closed() => return Stop::Gone,
-                error = self.shared.ended() => return Stop::Failed(error),
+                error = self.shared.ended(self.delivers) => return Stop::Failed(error),
                 // A full queue proves life to whoever reads it.
                 _ = self.pulse.tick() => drop(self.events.try_send(Ok(E::heartbeat(self.shared.heartbeat())))),
             }

@@ -1,6 +1,6 @@
 //! The worker's configuration: one TOML file, read once at start. Durations are milliseconds.
 
-use crate::Error;
+use crate::{Error, simulated};
 use handoff::{Patience, deliver};
 use membership::MembershipConfig;
 use serde::{Deserialize, Serialize};
@@ -78,8 +78,12 @@ pub struct Config {
     pub membership: MembershipConfig,
     pub liveness: Liveness,
     pub handoff: Handoff,
-    /// Longest wait for running sequences when the worker is told to stop.
+    /// Time of a step on the backend `sim`.
+    pub simulated: simulated::Cost,
+    /// When the worker is told to leave: how long running sequences may go on here before they go on elsewhere.
     pub drain_ms: u64,
+    /// After that, how long blocks on offer may wait to be accepted.
+    pub handover_ms: u64,
     pub debug: Debug,
 }
 
@@ -117,8 +121,9 @@ pub struct Handoff {
     pub tries: u32,
 }
 
-/// What [`Config::backend`] may name. `cuda` needs a binary built with the feature of that name, and a Hopper GPU.
-pub const BACKENDS: [&str; 2] = ["cpu", "cuda"];
+/// What [`Config::backend`] may name. `cuda` needs a binary built with the feature of that name, and a Hopper GPU; `sim`
+/// computes nothing and answers as if.
+pub const BACKENDS: [&str; 3] = ["cpu", "cuda", "sim"];
 
 /// MiB of the KV pool of a worker that computes on CPUs.
 pub const CPU_CACHE_MB: u64 = 128;
@@ -154,7 +159,9 @@ impl Default for Config {
             membership: MembershipConfig::default(),
             liveness: Liveness::default(),
             handoff: Handoff::default(),
+            simulated: simulated::Cost::default(),
             drain_ms: 5_000,
+            handover_ms: 2_000,
             debug: Debug::default(),
         }
     }

@@ -15,7 +15,10 @@ use handoff::{
 };
 use proto::{DecodeEvent, Error, ErrorCode, decode_call::Call as Ask, decode_event::Event as Wire};
 use std::{sync::Arc, time::Duration};
-use telemetry::trace;
+use telemetry::{
+    phase::{self, Phase},
+    trace,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
@@ -84,6 +87,7 @@ impl Life {
 
     async fn live(&mut self, start: proto::DecodeStart) -> Result<(), Stop> {
         let shared = self.call.shared.clone();
+        shared.check_member(&start.member)?;
         shared.admit()?;
         check_role(&shared, start.prefill_here)?;
         let spec = shared.bounds.spec(start.sequence, start.forced)?;
@@ -184,9 +188,11 @@ impl Life {
 
     /// Passes on what the engine says, to the end.
     async fn stream(&mut self, mut running: Running) -> Result<(), Stop> {
+        let mut at = Phase::Committed;
         loop {
             tokio::select! {
-                event = running.events.recv() => {
+                event = phase::after(at, running.events.recv()) => {
+                    at = Phase::Decoding;
                     if self.pass(event).await? {
                         return Ok(());
                     }

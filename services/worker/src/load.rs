@@ -6,8 +6,9 @@ use crate::{
     convert::Bounds,
     measure::{self, Measured},
     shared::Identity,
+    simulated,
 };
-use engine::{EngineConfig, EngineHandle, Executor, ModelExecutor, StepRecord};
+use engine::{EngineConfig, EngineHandle, Executor, ModelExecutor, StepRecord, simulated::SimExecutor};
 use kernels::{
     Backend, CudaBackend, Random,
     cpu::{CpuBackend, CpuOptions},
@@ -15,7 +16,7 @@ use kernels::{
 };
 use kv::KvMemory;
 use model::{KvSize, ModelRunner, RunnerOptions};
-use std::{sync::Arc, time::Instant};
+use std::{path::Path, sync::Arc, time::Instant};
 use tokio::sync::oneshot;
 
 pub struct Loaded {
@@ -25,11 +26,11 @@ pub struct Loaded {
     pub model: String,
 }
 
+/// Told of each step.
+pub type OnStep = Box<dyn Fn(StepRecord) + Send + Sync>;
+
 /// Checks and loads on a thread of its own, which may take minutes and keeps no process from ending.
-pub async fn load(
-    config: Config,
-    on_step: impl Fn(StepRecord) + Send + Sync + 'static,
-) -> Result<Loaded, Error> {
+pub async fn load(config: Config, on_step: OnStep) -> Result<Loaded, Error> {
     let (sender, loaded) = oneshot::channel();
     let thread = std::thread::Builder::new().name("load".to_owned());
     thread.spawn(move || drop(sender.send(start(&config, on_step)))).map_err(Error::Thread)?;
@@ -38,18 +39,26 @@ pub async fn load(
         .unwrap_or_else(|_| Err(Error::Engine("its start panicked; the log has the message".to_owned())))
 }
 
-fn start(config: &Config, on_step: impl Fn(StepRecord) + Send + Sync + 'static) -> Result<Loaded, Error> {
+fn start(config: &Config, on_step: OnStep) -> Result<Loaded, Error> {
     match config.backend.as_str() {
         "cuda" => {
             let backend = CudaBackend::new(0).map_err(model::Error::from)?;
             launch(config, backend, KvSize::Share(config.gpu_memory_utilization), on_step)
         }
+        "sim" => simulate(config, on_step),
         _ => {
             let options = CpuOptions { threads: config.threads, ..CpuOptions::default() };
             let backend = CpuBackend::new(options).map_err(model::Error::from)?;
             launch(config, backend, KvSize::Bytes(CPU_CACHE_MB << 20), on_step)
         }
     }
+}
+
+fn simulate(config: &Config, on_step: OnStep) -> Result<Loaded, Error> {
+    let options = simulated::options(config)?;
+    let weights_fingerprint = simulated::weights_fingerprint(&options, config.seed);
+    let engine = engine::spawn(SimExecutor::new(options), engine_config(config, on_step));
+    Ok(loaded(config, engine, weights_fingerprint, &directory_name(&config.model)))
 }
 
 /// Measures the model on the backend that the options name.
@@ -100,12 +109,7 @@ pub(crate) fn link(backend: &str, bytes: usize) -> Result<Option<LinkRates>, Err
     Ok(rates.transpose().map_err(model::Error::from)?)
 }
 
-fn launch<B: Backend>(
-    config: &Config,
-    backend: B,
-    kv: KvSize,
-    on_step: impl Fn(StepRecord) + Send + Sync + 'static,
-) -> Result<Loaded, Error> {
+fn launch<B: Backend>(config: &Config, backend: B, kv: KvSize, on_step: OnStep) -> Result<Loaded, Error> {
     let directory = match config.load_format {
         LoadFormat::Safetensors => model::check_directory(&config.model)?,
         LoadFormat::Random => model::random_directory(&config.model, config.seed)?,
@@ -114,15 +118,20 @@ fn launch<B: Backend>(
     let model = runner.model().clone();
     let executor = ModelExecutor::new(runner, config.debug.fail_step).map_err(Error::Thread)?;
     let engine = engine::spawn(executor, engine_config(config, on_step));
+    Ok(loaded(config, engine, model.weights_fingerprint, &model.name))
+}
+
+/// `name`: under which the model is served, if the configuration gives none.
+pub fn loaded(config: &Config, engine: EngineHandle, weights_fingerprint: u64, name: &str) -> Loaded {
     let limits = engine.limits();
-    Ok(Loaded {
-        identity: Identity {
-            weights_fingerprint: model.weights_fingerprint,
-            bounds: Bounds { vocab_size: limits.vocab_size, max_context: limits.max_context },
-        },
-        model: config.served_model_name.clone().unwrap_or(model.name),
-        engine,
-    })
+    let bounds = Bounds { vocab_size: limits.vocab_size, max_context: limits.max_context };
+    let model = config.served_model_name.clone().unwrap_or_else(|| name.to_owned());
+    Loaded { engine, identity: Identity { weights_fingerprint, bounds }, model }
+}
+
+fn directory_name(path: &Path) -> String {
+    let full = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    full.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 /// `kv`: the pool's size, if the configuration names none.
@@ -138,7 +147,7 @@ fn options(config: &Config, kv: KvSize) -> RunnerOptions {
     }
 }
 
-fn engine_config(config: &Config, on_step: impl Fn(StepRecord) + Send + Sync + 'static) -> EngineConfig {
+pub fn engine_config(config: &Config, on_step: OnStep) -> EngineConfig {
     EngineConfig {
         role: match config.role {
             Role::Prefill => engine::Role::Prefill,

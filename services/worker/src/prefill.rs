@@ -14,7 +14,10 @@ use handoff::{
 use kv::StepId;
 use proto::{Error, ErrorCode, PrefillEvent, prefill_event::Event as Wire};
 use std::sync::Arc;
-use telemetry::trace::{self, TraceContext};
+use telemetry::{
+    phase::{self, Phase},
+    trace::{self, TraceContext},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 use tracing::Instrument;
@@ -64,6 +67,7 @@ async fn live(
     trace: &TraceContext,
 ) -> Result<(), Stop> {
     let shared = call.shared.clone();
+    shared.check_member(&request.member)?;
     shared.admit()?;
     check_peer(&shared, &request)?;
     let forced = request.forced.clone();
@@ -71,7 +75,7 @@ async fn live(
     let order = order(&shared, &request, &spec)?;
     let channel = shared.channels.get(&order.address).map_err(Error::from)?;
     let running = tokio::select! {
-        running = shared.engine.prefill(spec.clone()) => running.map_err(convert::refused)?,
+        running = phase::after(Phase::Reserved, shared.engine.prefill(spec.clone())) => running.map_err(convert::refused)?,
         stop = call.stopped() => return Err(stop),
     };
     let mut metadata = MetadataMap::new();
@@ -82,7 +86,18 @@ async fn live(
     };
     let options = shared.config.deliver();
     let delivery = Delivery::open(channel, order, shared.memory.clone(), pulse, options, metadata);
-    Prefilling { call, running, delivery, spec, ended: None }.run().await
+    Prefilling { call, running, delivery, spec, phase: Phase::Prefilling, ended: None }.run().await
+}
+
+/// An ending that decode has, or that the way there has, is not this worker's.
+fn undelivered(error: handoff::Error) -> Error {
+    let error = Error::from(error);
+    match error.code() {
+        ErrorCode::WorkerLost | ErrorCode::Cancelled | ErrorCode::Deadline => {
+            Error::new(ErrorCode::PeerLost, error.message)
+        }
+        _ => error,
+    }
 }
 
 /// Before any work: blocks of this worker must mean the same to the decode worker.
@@ -134,6 +149,7 @@ struct Prefilling<'a> {
     running: Running,
     delivery: Delivery,
     spec: SequenceSpec,
+    phase: Phase,
     /// Whether the first token ended the sequence; `None` until it is there.
     ended: Option<Option<Finish>>,
 }
@@ -142,8 +158,8 @@ impl Prefilling<'_> {
     async fn run(mut self) -> Result<(), Stop> {
         loop {
             tokio::select! {
-                event = self.running.events.recv(), if self.ended.is_none() => self.computed(event).await?,
-                progress = self.delivery.next() => match progress.map_err(Error::from)? {
+                event = phase::after(self.phase, self.running.events.recv()), if self.ended.is_none() => self.computed(event).await?,
+                progress = self.delivery.next() => match progress.map_err(undelivered)? {
                     Progress::Release(index) => self.running.release(index),
                     Progress::Done(sent) => return self.delivered(sent).await,
                 },
@@ -176,6 +192,7 @@ impl Prefilling<'_> {
     }
 
     fn offer(&mut self, blocks: Vec<ComputedBlock>, after: StepId) -> Result<(), Stop> {
+        self.phase = Phase::Offering;
         for computed in blocks {
             self.delivery.computed(computed.index, computed.block, after);
         }
@@ -186,6 +203,7 @@ impl Prefilling<'_> {
     async fn first_token(&mut self, token: proto::Token) -> Result<(), Stop> {
         let ended = convert::ends(&self.spec, token.id, self.call.shared.bounds.max_context);
         self.ended = Some(ended);
+        self.call.delivers = true;
         self.emit(Wire::FirstToken(token.clone())).await?;
         let finish = ended.map(convert::finish);
         self.delivery.first_token(proto::Commit {

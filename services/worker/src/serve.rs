@@ -4,23 +4,37 @@ use crate::{
     Config, Error,
     decode::DecodeService,
     deliveries::HandoffService,
-    load::{self, Loaded},
+    leave,
+    load::{self, Loaded, OnStep},
     member::{self, Addresses},
     metrics::Metrics,
     pool,
     prefill::PrefillService,
     shared::Shared,
 };
+use axum::serve::Listener;
 use membership::Membership;
-use proto::{decode_server::DecodeServer, handoff_server::HandoffServer, prefill_server::PrefillServer};
-use std::{future::Future, io::Write, net::SocketAddr, sync::Arc, time::Duration};
-use telemetry::{Readiness, Registry, admin};
+use proto::{
+    Dial, decode_server::DecodeServer, handoff_server::HandoffServer, prefill_server::PrefillServer,
+};
+use std::{
+    fmt,
+    future::Future,
+    io::{self, Write},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
+use telemetry::{Readiness, Registry, admin, phase};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::TcpListener,
     sync::{oneshot, watch},
     task::JoinHandle,
 };
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio_stream::{Stream, wrappers::TcpListenerStream};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Connected;
 
 /// Longest wait for connections to close once nothing runs on them.
 const CLOSE: Duration = Duration::from_millis(500);
@@ -29,39 +43,69 @@ const CLOSE: Duration = Duration::from_millis(500);
 pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
     config.check()?;
     let membership = membership::connect(config.membership.clone())?;
-    let listeners = Listeners::bind(&config).await?;
-    listeners.announce();
+    let Listeners { grpc, admin, addresses } = Listeners::bind(&config).await?;
+    addresses.announce();
+    let place = Place { addresses, membership, dial: Dial::default() };
+    serve(config, place, TcpListenerStream::new(grpc), admin, load::load, shutdown).await
+}
+
+/// Where a worker stands among others.
+pub struct Place {
+    /// Under which others reach it.
+    pub addresses: Addresses,
+    pub membership: Arc<dyn Membership>,
+    /// How it reaches others.
+    pub dial: Dial,
+}
+
+/// The same on ports that are there already, with the engine that `load` starts.
+pub async fn serve<C, L, F>(
+    config: Config,
+    place: Place,
+    incoming: impl Stream<Item = io::Result<C>> + Send + 'static,
+    admin: L,
+    load: impl FnOnce(Config, OnStep) -> F,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), Error>
+where
+    C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+    L: Listener<Addr: fmt::Debug>,
+    F: Future<Output = Result<Loaded, Error>>,
+{
     let mut registry = Registry::default();
     let metrics = Metrics::new(config.role, &mut registry);
     let (ready, readiness) = watch::channel(Readiness::not("loading the model"));
     let (current, pool) = watch::channel(None);
-    let Listeners { grpc, admin, addresses } = listeners;
-    let admin = Server::spawn(|stop| admin::serve(admin, registry, readiness, pool::router(pool), stop));
+    let asked = CancellationToken::new();
+    let routes = pool::router(pool).merge(leave::router(asked.clone())).merge(phase::routes());
+    let admin = Server::spawn(|stop| admin::serve(admin, registry, readiness, routes, stop));
+    let shutdown = async {
+        tokio::select! {
+            () = shutdown => {}
+            () = asked.cancelled() => {}
+        }
+    };
     tokio::pin!(shutdown);
-    let (shared, model) = tokio::select! {
-        loaded = load(config, metrics) => loaded?,
+    let on_step = {
+        let metrics = metrics.clone();
+        Box::new(move |step| metrics.step(step))
+    };
+    let Loaded { engine, identity, model } = tokio::select! {
+        loaded = load(config.clone(), on_step) => loaded?,
         () = &mut shutdown => {
             admin.stop().await;
             return Ok(());
         }
     };
+    let Place { addresses, membership, dial } = place;
+    let shared = Arc::new(Shared::new(config, dial, engine, identity, metrics));
+    shared.metrics.loaded(&shared.load());
     current.send_replace(Some(shared.clone()));
-    let server = Server::spawn(|stop| serve(grpc, shared.clone(), stop));
+    let server = Server::spawn(|stop| grpc(incoming, shared.clone(), stop));
     let worker = Worker { shared, model, addresses, server, ready };
     let outcome = worker.live(&*membership, shutdown).await;
     admin.stop().await;
     outcome
-}
-
-async fn load(config: Config, metrics: Metrics) -> Result<(Arc<Shared>, String), Error> {
-    let on_step = {
-        let metrics = metrics.clone();
-        move |step| metrics.step(step)
-    };
-    let Loaded { engine, identity, model } = load::load(config.clone(), on_step).await?;
-    let shared = Arc::new(Shared::new(config, engine, identity, metrics));
-    shared.metrics.loaded(&shared.load());
-    Ok((shared, model))
 }
 
 struct Listeners {
@@ -83,9 +127,11 @@ impl Listeners {
         };
         Ok(Listeners { grpc, admin, addresses })
     }
+}
 
+impl Addresses {
     fn announce(&self) {
-        let Addresses { grpc, admin } = &self.addresses;
+        let Addresses { grpc, admin } = self;
         let line = serde_json::json!({ "listening": { "grpc": grpc, "admin": admin } });
         // Whoever started us may not listen.
         let _ = writeln!(std::io::stdout(), "{line}");
@@ -99,11 +145,14 @@ async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Error> {
     Ok((listener, at))
 }
 
-async fn serve(
-    listener: TcpListener,
+async fn grpc<C>(
+    incoming: impl Stream<Item = io::Result<C>>,
     shared: Arc<Shared>,
     stop: impl Future<Output = ()>,
-) -> Result<(), tonic::transport::Error> {
+) -> Result<(), tonic::transport::Error>
+where
+    C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
     const MOST: usize = proto::MAX_MESSAGE_BYTES;
     let decode = DecodeServer::new(DecodeService(shared.clone())).max_decoding_message_size(MOST);
     let prefill = PrefillServer::new(PrefillService(shared.clone())).max_decoding_message_size(MOST);
@@ -123,7 +172,7 @@ async fn serve(
         .add_service(decode)
         .add_service(prefill)
         .add_service(handoff)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop)
+        .serve_with_incoming_shutdown(incoming, stop)
         .await
 }
 
@@ -198,7 +247,10 @@ impl Worker {
         };
         self.ready.send_replace(Readiness::not("leaving the cluster"));
         registration.update(|member| member.draining = true);
-        shared.drain(Duration::from_millis(shared.config.drain_ms)).await;
+        tokio::select! {
+            () = shared.drain() => {}
+            () = member::tell_load(&registration, &shared) => {}
+        }
         registration.leave().await;
         self.server.stop().await;
         outcome

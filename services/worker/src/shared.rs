@@ -6,7 +6,7 @@ use crate::{
 };
 use engine::{EngineHandle, EngineLoad};
 use kv::{KvLayout, KvMemory};
-use proto::{Error, ErrorCode};
+use proto::{Dial, Error, ErrorCode};
 use std::{future::Future, sync::Arc, time::Duration};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -26,7 +26,9 @@ pub struct Shared {
     load: watch::Receiver<EngineLoad>,
     /// New work is refused.
     draining: CancellationToken,
-    /// Running work is given up.
+    /// Running work goes to other workers; only what is computed and on offer is still delivered.
+    moving: CancellationToken,
+    /// Everything is given up.
     stopping: CancellationToken,
     /// Has one receiver for each call that runs.
     calls: watch::Sender<()>,
@@ -39,7 +41,13 @@ pub struct Identity {
 }
 
 impl Shared {
-    pub fn new(config: Config, engine: EngineHandle, identity: Identity, metrics: Metrics) -> Self {
+    pub fn new(
+        config: Config,
+        dial: Dial,
+        engine: EngineHandle,
+        identity: Identity,
+        metrics: Metrics,
+    ) -> Self {
         let memory = engine.kv_memory();
         let layout = memory.layout();
         Shared {
@@ -50,8 +58,9 @@ impl Shared {
             weights_fingerprint: identity.weights_fingerprint,
             bounds: identity.bounds,
             reservations: Reservations::new(memory.blocks() as usize),
-            channels: Channels::default(),
+            channels: Channels::new(dial),
             draining: CancellationToken::new(),
+            moving: CancellationToken::new(),
             stopping: CancellationToken::new(),
             calls: watch::Sender::new(()),
             memory,
@@ -96,6 +105,15 @@ impl Shared {
         Ok(())
     }
 
+    /// Whether this incarnation is the one that is meant; an address may have passed to another.
+    pub fn check_member(&self, meant: &str) -> Result<(), Error> {
+        if meant.is_empty() || meant == self.id {
+            return Ok(());
+        }
+        let message = format!("member {meant} is gone from this address; {} is here now", self.id);
+        Err(Error::new(ErrorCode::WorkerLost, message))
+    }
+
     fn leaving(&self) -> Error {
         Error::new(ErrorCode::Draining, format!("worker {} is leaving the cluster", self.id))
     }
@@ -109,22 +127,27 @@ impl Shared {
         });
     }
 
-    /// Takes no new work, and waits for what runs, at last by giving it up.
-    pub async fn drain(&self, patience: Duration) {
+    /// Takes no new work and waits for what runs; what lasts too long goes to other workers.
+    pub async fn drain(&self) {
         self.draining.cancel();
-        if tokio::time::timeout(patience, self.calls.closed()).await.is_ok() {
-            return;
+        let waits = [(self.config.drain_ms, &self.moving), (self.config.handover_ms, &self.stopping)];
+        for (patience, next) in waits {
+            let patience = Duration::from_millis(patience);
+            if tokio::time::timeout(patience, self.calls.closed()).await.is_ok() {
+                return;
+            }
+            tracing::info!(calls = self.calls.receiver_count(), ?patience, "what still runs goes elsewhere");
+            next.cancel();
         }
-        tracing::warn!(calls = self.calls.receiver_count(), ?patience, "gave up waiting for running calls");
-        self.stopping.cancel();
         let _ = tokio::time::timeout(Duration::from_secs(1), self.calls.closed()).await;
     }
 
-    /// Resolves with the reason when running work has to be given up.
-    pub async fn ended(&self) -> Error {
+    /// Resolves with the reason when running work has to be given up. `delivers`: it is computed and on offer.
+    pub async fn ended(&self, delivers: bool) -> Error {
+        let given_up = if delivers { &self.stopping } else { &self.moving };
         tokio::select! {
             cause = self.engine.stopped() => engine_lost(&cause),
-            () = self.stopping.cancelled() => self.leaving(),
+            () = given_up.cancelled() => self.leaving(),
         }
     }
 }

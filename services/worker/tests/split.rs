@@ -357,7 +357,9 @@ async fn generate_if_listening(member: &Member, prompt: &[u32]) -> Option<ErrorC
 #[tokio::test]
 async fn a_backend_that_this_build_has_not_is_named() {
     let cluster = Cluster::start().await;
-    for (backend, why) in [("tpu", "no backend `tpu`; there are: cpu, cuda"), ("cuda", "--features cuda")] {
+    for (backend, why) in
+        [("tpu", "no backend `tpu`; there are: cpu, cuda, sim"), ("cuda", "--features cuda")]
+    {
         let config = worker::Config { backend: backend.into(), ..cluster.config(Role::Both) };
         let error = worker::run(config, std::future::pending()).await.expect_err("no such backend");
         assert!(error.to_string().contains(why), "{error}");

@@ -3,13 +3,13 @@
 use super::*;
 use crate::FirstToken;
 
-fn slow() -> Fake {
-    Fake { step_time: Duration::from_millis(10), ..Fake::default() }
+fn slow() -> SimOptions {
+    taking(10)
 }
 
 /// Drops a whole sequence after `wait`, beside one that must not notice.
 async fn drop_after(wait: Duration) {
-    let engine = start(&slow(), EngineConfig { max_sequences: 2, ..role(Role::Both) });
+    let engine = start(slow(), EngineConfig { max_sequences: 2, ..role(Role::Both) });
     let witness = tokio::spawn({
         let engine = engine.clone();
         async move { generate_exactly(&engine, spec(prompt(1, 30), 30)).await }
@@ -32,7 +32,7 @@ async fn a_sequence_dropped_at_any_time_frees_everything() {
 
 #[tokio::test(start_paused = true)]
 async fn a_waiting_sequence_leaves_the_queue() {
-    let engine = start(&slow(), EngineConfig { max_sequences: 1, ..role(Role::Both) });
+    let engine = start(slow(), EngineConfig { max_sequences: 1, ..role(Role::Both) });
     let mut first = engine.generate(spec(prompt(1, 9), 9)).await.expect("taken");
     first.events.recv().await.expect("started");
     drop(engine.generate(spec(prompt(2, 9), 9)).await.expect("taken"));
@@ -45,7 +45,7 @@ async fn a_waiting_sequence_leaves_the_queue() {
 
 #[tokio::test(start_paused = true)]
 async fn a_hand_off_dropped_at_any_time_frees_everything() {
-    let engine = start(&slow(), role(Role::Prefill));
+    let engine = start(slow(), role(Role::Prefill));
     for millis in (0..80).step_by(5) {
         let running = engine.prefill(spec(prompt(millis, 45), 5)).await.expect("taken");
         running.release(0);
@@ -58,7 +58,7 @@ async fn a_hand_off_dropped_at_any_time_frees_everything() {
 
 #[tokio::test]
 async fn a_reservation_dropped_in_any_state_frees_everything() {
-    let engine = start(&Fake::default(), role(Role::Decode));
+    let engine = start(small(), role(Role::Decode));
     drop(engine.reserve(spec(prompt(1, 9), 9)).await.expect("taken"));
     assert_idle(&engine).await;
     let reservation = engine.reserve(spec(prompt(1, 9), 9)).await.expect("taken");
@@ -71,7 +71,7 @@ async fn a_reservation_dropped_in_any_state_frees_everything() {
 
 #[tokio::test]
 async fn an_asker_that_is_gone_gets_nothing() {
-    let engine = start(&Fake::default(), role(Role::Both));
+    let engine = start(small(), role(Role::Both));
     let ask = engine.generate(spec(prompt(1, 9), 9));
     tokio::select! {
         biased;

@@ -101,9 +101,9 @@ async fn reserve(decode: &EngineHandle, spec: &SequenceSpec) -> Reservation {
 }
 
 fn pair(blocks: u32) -> (EngineHandle, EngineHandle) {
-    let fake = Fake { step_time: Duration::from_millis(1), ..Fake::default() };
-    let prefill = start(&fake, role(Role::Prefill));
-    (prefill, start(&Fake { blocks, ..fake }, role(Role::Decode)))
+    let options = taking(1);
+    let prefill = start(options.clone(), role(Role::Prefill));
+    (prefill, start(SimOptions { blocks, ..options }, role(Role::Decode)))
 }
 
 #[tokio::test(start_paused = true)]
@@ -147,8 +147,8 @@ async fn what_decode_has_already_need_not_travel() {
 
 #[tokio::test(start_paused = true)]
 async fn offers_hold_blocks_until_released_and_others_wait_for_them() {
-    let fake = Fake { blocks: 10, ..Fake::default() };
-    let engine = start(&fake, role(Role::Prefill));
+    let options = SimOptions { blocks: 10, ..small() };
+    let engine = start(options, role(Role::Prefill));
     let mut first = engine.prefill(spec(prompt(1, 38), 5)).await.expect("taken");
     while !matches!(first.events.recv().await.expect("goes on"), Event::Token { .. }) {}
     assert_eq!(engine.check_pool().await.expect("consistent").held, 10);
@@ -167,8 +167,10 @@ async fn offers_hold_blocks_until_released_and_others_wait_for_them() {
 
 #[tokio::test]
 async fn blocks_that_are_being_written_into_are_nobodys_when_their_reservation_ends() {
-    let fake = Fake { blocks: 10, ..Fake::default() };
-    let engine = start(&fake, EngineConfig { prefix_cache: false, ..role(Role::Decode) });
+    let engine = start(
+        SimOptions { blocks: 10, ..taking(1) },
+        EngineConfig { prefix_cache: false, ..role(Role::Decode) },
+    );
     let reservation = engine.reserve(spec(prompt(1, 38), 2)).await.expect("room");
     assert_eq!(reservation.blocks.len(), 10);
     let quarantine = reservation.quarantine(vec![3, 7]).await;
@@ -185,7 +187,7 @@ async fn blocks_that_are_being_written_into_are_nobodys_when_their_reservation_e
 
 #[tokio::test]
 async fn a_forced_token_is_told_and_never_sampled() {
-    let engine = start(&Fake::default(), role(Role::Prefill));
+    let engine = start(small(), role(Role::Prefill));
     let forced = SequenceSpec { forced: Some(42), ..spec(prompt(1, 21), 5) };
     let mut running = engine.prefill(forced.clone()).await.expect("taken");
     let mut offered = 0;
@@ -222,7 +224,7 @@ async fn a_forced_token_is_not_forced_again_on_decode() {
 
 #[tokio::test]
 async fn a_first_token_that_ends_the_sequence_ends_it_on_decode_too() {
-    let engine = start(&Fake::default(), role(Role::Decode));
+    let engine = start(small(), role(Role::Decode));
     for (max_tokens, first, finish) in [(1, 5, Finish::Length), (9, 3, Finish::Stop(3))] {
         let reservation = engine.reserve(spec(prompt(1, 9), max_tokens)).await.expect("room");
         let heard = listen(&mut reservation.activate(FirstToken(first)).await, 10).await;

@@ -11,7 +11,7 @@ async fn refused(engine: &EngineHandle, spec: SequenceSpec) -> Refused {
 
 #[tokio::test]
 async fn what_can_never_fit_is_refused_at_once() {
-    let engine = start(&Fake { blocks: 5, ..Fake::default() }, role(Role::Both));
+    let engine = start(SimOptions { blocks: 5, ..small() }, role(Role::Both));
     assert_eq!(engine.limits().max_context, 20, "the pool's, which is less than the model's");
     let what = "what the block pool holds";
     assert_eq!(
@@ -19,9 +19,9 @@ async fn what_can_never_fit_is_refused_at_once() {
         Refused::TooLong { tokens: 21, limit: 20, what }
     );
     generate_exactly(&engine, spec(prompt(1, 19), 1)).await;
-    let mut fake = Fake::default();
-    fake.limits.max_context = 20;
-    let engine = start(&fake, role(Role::Both));
+    let mut options = small();
+    options.limits.max_context = 20;
+    let engine = start(options, role(Role::Both));
     let what = "the model's context";
     assert_eq!(
         refused(&engine, spec(prompt(1, 20), 1)).await,
@@ -31,7 +31,7 @@ async fn what_can_never_fit_is_refused_at_once() {
 
 #[tokio::test]
 async fn what_the_model_cannot_index_is_refused() {
-    let engine = start(&Fake::default(), role(Role::Both));
+    let engine = start(small(), role(Role::Both));
     let good = spec(prompt(1, 5), 5);
     let mut bias = good.clone();
     bias.sampling.logit_bias = vec![(VOCAB, 1.0)];
@@ -45,17 +45,17 @@ async fn what_the_model_cannot_index_is_refused() {
     ] {
         assert!(matches!(refused(&engine, bad).await, Refused::Invalid(_)));
     }
-    let decode = start(&Fake::default(), role(Role::Decode));
+    let decode = start(small(), role(Role::Decode));
     assert!(matches!(refused(&decode, good.clone()).await, Refused::Invalid(_)));
     assert!(matches!(decode.prefill(good.clone()).await.err(), Some(Refused::Invalid(_))));
-    let prefill = start(&Fake::default(), role(Role::Prefill));
+    let prefill = start(small(), role(Role::Prefill));
     assert!(matches!(prefill.reserve(good).await.err(), Some(Refused::Invalid(_))));
 }
 
 #[tokio::test]
 async fn a_full_queue_refuses() {
-    let fake = Fake { step_time: Duration::from_millis(1), ..Fake::default() };
-    let engine = start(&fake, EngineConfig { max_sequences: 1, waiting_limit: 2, ..role(Role::Both) });
+    let options = taking(1);
+    let engine = start(options, EngineConfig { max_sequences: 1, waiting_limit: 2, ..role(Role::Both) });
     let mut running = engine.generate(spec(prompt(1, 5), 50)).await.expect("taken");
     running.events.recv().await.expect("started");
     let waiting =
@@ -69,7 +69,7 @@ async fn a_full_queue_refuses() {
 #[tokio::test]
 async fn reservations_leave_room_for_decoding() {
     let config = EngineConfig { max_reserved_share: 0.5, max_sequences: 3, ..role(Role::Decode) };
-    let engine = start(&Fake { blocks: 20, ..Fake::default() }, config);
+    let engine = start(SimOptions { blocks: 20, ..small() }, config);
     let wide = engine.reserve(spec(prompt(1, 59), 50)).await.expect("a lone one may exceed the share");
     assert_eq!((wide.blocks.len(), wide.present), (15, 0));
     assert!(
@@ -87,10 +87,10 @@ async fn reservations_leave_room_for_decoding() {
 
 #[tokio::test]
 async fn a_dead_executor_ends_everything_with_its_cause() {
-    let engine = start(&Fake { dies_at: Some(4), ..Fake::default() }, role(Role::Both));
+    let engine = start(SimOptions { fail_step: Some(4), ..small() }, role(Role::Both));
     let mut running = engine.generate(spec(prompt(1, 30), 50)).await.expect("taken");
     let mut offered = engine.prefill(spec(prompt(2, 3), 5)).await.expect("taken");
-    let cause = "step 4 kills it".to_owned();
+    let cause = "step 4 was told to fail".to_owned();
     assert_eq!(listen(&mut running, 30).await.end, Some(End::Failed(cause.clone())));
     assert_eq!(listen(&mut offered, 3).await.end, Some(End::Failed(cause.clone())));
     assert_eq!(engine.stopped().await, cause);
@@ -104,7 +104,7 @@ fn a_panic_on_the_engines_thread_is_seen_as_its_end() {
     let on_step = |_| panic!("a broken invariant");
     let config = EngineConfig { on_step: Some(Arc::new(on_step)), ..role(Role::Both) };
     runtime.block_on(async {
-        let engine = spawn(Fake::default().start(), config);
+        let engine = spawn(SimExecutor::new(small()), config);
         let mut running = engine.generate(spec(prompt(1, 3), 5)).await.expect("taken");
         listen(&mut running, 3).await;
         assert_eq!(engine.stopped().await, "its thread has ended");
@@ -120,7 +120,7 @@ fn an_engine_on_its_own_thread_ends_with_its_last_user() {
         on_step: Some(Arc::new(move |_| *counted.lock().expect("sound") += 1)),
         ..role(Role::Both)
     };
-    let engine = spawn(Fake::default().start(), config);
+    let engine = spawn(SimExecutor::new(small()), config);
     runtime.block_on(async {
         let mut running = engine.generate(spec(prompt(1, 30), 9)).await.expect("taken");
         drop(engine);

@@ -86,8 +86,8 @@ fn machine() -> impl Strategy<Value = Machine> {
 
 impl Machine {
     fn start(&self, role: Role) -> EngineHandle {
-        let mut fake = Fake { blocks: self.blocks, step_time: Duration::from_millis(1), ..Fake::default() };
-        fake.limits.max_step_tokens = 24;
+        let mut options = SimOptions { blocks: self.blocks, ..taking(1) };
+        options.limits.max_step_tokens = 24;
         let config = EngineConfig {
             role,
             max_sequences: self.max_sequences,
@@ -95,7 +95,7 @@ impl Machine {
             prefix_cache: self.prefix_cache,
             ..EngineConfig::default()
         };
-        start(&fake, config)
+        start(options, config)
     }
 }
 

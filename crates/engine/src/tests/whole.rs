@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 #[tokio::test]
 async fn every_length_gives_its_own_answer() {
-    let engine = start(&Fake::default(), role(Role::Both));
+    let engine = start(small(), role(Role::Both));
     for len in 1..40 {
         generate_exactly(&engine, spec(prompt(len as u64, len), 20)).await;
     }
@@ -15,7 +15,7 @@ async fn every_length_gives_its_own_answer() {
 
 #[tokio::test]
 async fn many_at_once_answer_as_if_alone_and_two_steps_are_in_flight() {
-    let (engine, memory) = start_watched(&Fake::default(), role(Role::Both));
+    let (engine, most) = start_watched(small(), role(Role::Both));
     let tasks: Vec<_> = (0..40)
         .map(|n| {
             let engine = engine.clone();
@@ -26,17 +26,17 @@ async fn many_at_once_answer_as_if_alone_and_two_steps_are_in_flight() {
         task.await.expect("exact");
     }
     assert_idle(&engine).await;
-    assert_eq!(memory.most_in_flight(), 2);
+    assert_eq!(most.load(Ordering::Relaxed), 2);
 }
 
 #[tokio::test]
 async fn a_prefix_is_computed_once_but_never_a_whole_prompt_is_skipped() {
-    let engine = start(&Fake::default(), role(Role::Both));
+    let engine = start(small(), role(Role::Both));
     assert_eq!(generate_exactly(&engine, spec(prompt(1, 16), 1)).await.cached_tokens, Some(0));
     assert_eq!(generate_exactly(&engine, spec(prompt(1, 16), 1)).await.cached_tokens, Some(12));
     assert_eq!(generate_exactly(&engine, spec(prompt(1, 17), 1)).await.cached_tokens, Some(16));
     assert_eq!(generate_exactly(&engine, spec(prompt(1, 7), 1)).await.cached_tokens, Some(4));
-    let off = start(&Fake::default(), EngineConfig { prefix_cache: false, ..role(Role::Both) });
+    let off = start(small(), EngineConfig { prefix_cache: false, ..role(Role::Both) });
     generate_exactly(&off, spec(prompt(1, 16), 1)).await;
     assert_eq!(generate_exactly(&off, spec(prompt(1, 16), 1)).await.cached_tokens, Some(0));
     assert_eq!(off.check_pool().await.expect("consistent").cached, 0);
@@ -44,7 +44,7 @@ async fn a_prefix_is_computed_once_but_never_a_whole_prompt_is_skipped() {
 
 #[tokio::test]
 async fn the_answer_is_part_of_the_next_prefix() {
-    let engine = start(&Fake::default(), role(Role::Both));
+    let engine = start(small(), role(Role::Both));
     let mut turn = spec(prompt(1, 10), 11);
     turn.stop_ids.clear();
     let heard = generate_exactly(&engine, turn.clone()).await;
@@ -56,7 +56,7 @@ async fn the_answer_is_part_of_the_next_prefix() {
 
 #[tokio::test]
 async fn prompt_logprobs_are_told_once_and_need_every_position() {
-    let engine = start(&Fake::default(), role(Role::Both));
+    let engine = start(small(), role(Role::Both));
     let mut wanted = spec(prompt(1, 37), 3);
     generate_exactly(&engine, wanted.clone()).await;
     wanted.sampling.prompt_logprobs = Some(0);
@@ -66,7 +66,10 @@ async fn prompt_logprobs_are_told_once_and_need_every_position() {
         match event {
             Event::Started { cached_tokens } => assert_eq!(cached_tokens, 0),
             Event::PromptLogprob { position, logprobs } => {
-                assert_eq!(logprobs, crate::fake::prompt_logprobs(&wanted.tokens, position as usize));
+                assert_eq!(
+                    logprobs,
+                    crate::simulated::prompt_logprobs(&wanted.tokens, position as usize, 0, &LOGITS)
+                );
                 told.push(position);
             }
             _ => {}
@@ -81,7 +84,7 @@ async fn prompt_logprobs_are_told_once_and_need_every_position() {
 
 #[tokio::test]
 async fn a_continuation_goes_on_where_the_answer_broke_off() {
-    let engine = start(&Fake::default(), role(Role::Both));
+    let engine = start(small(), role(Role::Both));
     let mut whole = spec(prompt(5, 13), 30);
     whole.stop_ids.clear();
     let (tokens, _) = answer(&whole);
@@ -99,7 +102,7 @@ async fn a_continuation_goes_on_where_the_answer_broke_off() {
 
 #[tokio::test]
 async fn nothing_left_to_say_is_an_end_at_once() {
-    let engine = start(&Fake::default(), role(Role::Both));
+    let engine = start(small(), role(Role::Both));
     let mut spent = spec(prompt(1, 9), 4);
     spent.prompt_len = 5;
     let heard = listen(&mut engine.generate(spent.clone()).await.expect("taken"), 9).await;
@@ -113,9 +116,9 @@ async fn nothing_left_to_say_is_an_end_at_once() {
 
 #[tokio::test]
 async fn the_context_ends_what_max_tokens_does_not() {
-    let mut fake = Fake::default();
-    fake.limits.max_context = 30;
-    let engine = start(&fake, role(Role::Both));
+    let mut options = small();
+    options.limits.max_context = 30;
+    let engine = start(options, role(Role::Both));
     let mut long = spec(prompt(1, 20), 1000);
     long.stop_ids.clear();
     let heard = listen(&mut engine.generate(long).await.expect("taken"), 20).await;
@@ -128,8 +131,8 @@ async fn out_of_blocks_the_younger_computes_again_and_both_are_exact() {
     let computed: Arc<Mutex<usize>> = Arc::default();
     let seen = Arc::clone(&computed);
     let on_step = move |record: StepRecord| *seen.lock().expect("not poisoned") += record.tokens;
-    let fake = Fake { blocks: 12, step_time: Duration::from_millis(1), ..Fake::default() };
-    let engine = start(&fake, EngineConfig { on_step: Some(Arc::new(on_step)), ..role(Role::Both) });
+    let options = SimOptions { blocks: 12, ..taking(1) };
+    let engine = start(options, EngineConfig { on_step: Some(Arc::new(on_step)), ..role(Role::Both) });
     let run = |family, priority| {
         let mut spec = SequenceSpec { priority, ..spec(prompt(family, 12), 30) };
         spec.stop_ids.clear();
@@ -148,8 +151,8 @@ async fn out_of_blocks_the_younger_computes_again_and_both_are_exact() {
 
 #[tokio::test]
 async fn the_more_urgent_goes_first() {
-    let fake = Fake { step_time: Duration::from_millis(1), ..Fake::default() };
-    let engine = start(&fake, EngineConfig { max_sequences: 1, ..role(Role::Both) });
+    let options = taking(1);
+    let engine = start(options, EngineConfig { max_sequences: 1, ..role(Role::Both) });
     let order = Arc::new(Mutex::new(Vec::new()));
     let tasks: Vec<_> = [0, 5, -5, 0]
         .into_iter()
@@ -176,7 +179,7 @@ async fn steps_are_recorded_and_prompts_are_chunked_to_the_budget() {
     let seen = Arc::clone(&steps);
     let on_step = move |record: StepRecord| seen.lock().expect("not poisoned").push(record);
     let config = EngineConfig { on_step: Some(Arc::new(on_step)), ..role(Role::Both) };
-    let engine = start(&Fake::default(), config);
+    let engine = start(small(), config);
     let mut one = spec(prompt(1, 40), 3);
     one.stop_ids.clear();
     generate_exactly(&engine, one).await;

@@ -5,7 +5,7 @@ use crate::Error;
 use crate::config::{Timeouts, ms};
 use proto::generate_event::Event;
 use proto::router_client::RouterClient;
-use proto::{ErrorCode, GenerateEvent, GenerateRequest, StatusReply, StatusRequest};
+use proto::{Dial, ErrorCode, GenerateEvent, GenerateRequest, StatusReply, StatusRequest};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use telemetry::trace::{self, TraceContext};
@@ -40,8 +40,9 @@ const CONNECTION_WINDOW: u32 = 16 << 20;
 
 impl Upstream {
     /// Connects when first used.
-    pub fn new(addresses: &[String], timeouts: &Timeouts) -> Result<Self, Error> {
-        let routers: Result<_, _> = addresses.iter().map(|address| Router::new(address, timeouts)).collect();
+    pub fn new(addresses: &[String], timeouts: &Timeouts, dial: &Dial) -> Result<Self, Error> {
+        let routers: Result<_, _> =
+            addresses.iter().map(|address| Router::new(address, timeouts, dial)).collect();
         Ok(Upstream { routers: routers?, preferred: AtomicUsize::new(0), silence: ms(timeouts.silence_ms) })
     }
 
@@ -130,22 +131,21 @@ impl Upstream {
 }
 
 impl Router {
-    fn new(address: &str, timeouts: &Timeouts) -> Result<Self, Error> {
+    fn new(address: &str, timeouts: &Timeouts, dial: &Dial) -> Result<Self, Error> {
         let problem = |problem: String| Error::RouterAddress { address: address.to_owned(), problem };
         let endpoint =
             Endpoint::from_shared(address.to_owned()).map_err(|error| problem(error.to_string()))?;
         if endpoint.uri().scheme_str() != Some("http") {
             return Err(problem("the scheme is not http".into()));
         }
-        let channel = endpoint
+        let endpoint = endpoint
             .connect_timeout(ms(timeouts.connect_ms))
             .tcp_nodelay(true)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .http2_keep_alive_interval(ms(timeouts.silence_ms))
-            .keep_alive_timeout(ms(timeouts.silence_ms))
-            .connect_lazy();
-        let client = RouterClient::new(channel)
+            .keep_alive_timeout(ms(timeouts.silence_ms));
+        let client = RouterClient::new(dial.channel(&endpoint))
             .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
         Ok(Router { address: address.to_owned(), client })

@@ -69,7 +69,7 @@ impl Carrier {
         let Said::Listening { grpc, tcp } = hear(&mut said).await? else {
             return Err(failed("the other process did not say where it listens"));
         };
-        let channel = transport::channel(&grpc).map_err(failed)?;
+        let channel = transport::channel(&proto::Dial::default(), &grpc).map_err(failed)?;
         Ok(Carrier { stdin, said, _process: process, channel, grpc, tcp, size: None, memories: None })
     }
 

@@ -1,0 +1,103 @@
+{{/* The services' configuration files. A service refuses a key that it does not know, so only what is set here or given as `config` is written. */}}
+
+{{/* A table of TOML: plain keys first, then one level of tables. */}}
+{{- define "baton.toml" -}}
+{{- range $key, $value := . }}
+{{- if not (or (kindIs "map" $value) (kindIs "invalid" $value)) }}
+{{ $key }} = {{ include "baton.tomlValue" $value }}
+{{- end }}
+{{- end }}
+{{- range $key, $value := . }}
+{{- if and (kindIs "map" $value) $value }}
+[{{ $key }}]
+{{- range $inner, $setting := $value }}
+{{- if not (kindIs "invalid" $setting) }}
+{{ $inner }} = {{ include "baton.tomlValue" $setting }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Numbers come as floats, whole ones too. */}}
+{{- define "baton.tomlValue" -}}
+{{- if kindIs "float64" . -}}
+{{- ternary (printf "%d" (int64 .)) (toJson .) (eq (floor .) .) -}}
+{{- else if kindIs "slice" . -}}
+[{{ range $index, $item := . }}{{ if $index }}, {{ end }}{{ include "baton.tomlValue" $item }}{{ end }}]
+{{- else -}}
+{{ toRawJson . }}
+{{- end -}}
+{{- end -}}
+
+{{- define "baton.gatewayToml" -}}
+{{- $own := dict
+    "listen" (printf "%s:%d" (include "baton.any" .) (int .Values.gateway.ports.http))
+    "admin" (printf "%s:%d" (include "baton.any" .) (int .Values.gateway.ports.admin))
+    "routers" (include "baton.routers" . | fromJsonArray)
+    "model_dir" .Values.model.path
+    "served_model_name" (list .Values.model.name)
+    "timeouts" (dict "drain_ms" (mul 1000 .Values.gateway.drainSeconds)) -}}
+{{- include "baton.toml" (mergeOverwrite $own (deepCopy .Values.gateway.config)) -}}
+{{- end -}}
+
+{{- define "baton.routerToml" -}}
+{{- $own := dict
+    "listen" (printf "%s:%d" (include "baton.any" .) (int .Values.router.ports.grpc))
+    "admin" (printf "%s:%d" (include "baton.any" .) (int .Values.router.ports.admin))
+    "prefix" (include "baton.prefix" .)
+    "lease_ms" .Values.etcd.leaseMs
+    "drain_ms" (mul 1000 .Values.router.drainSeconds) -}}
+{{- if ne .Values.etcd.mode "none" }}{{ $_ := set $own "etcd" (include "baton.etcdEndpoints" . | fromJsonArray) }}{{ end -}}
+{{- include "baton.toml" (mergeOverwrite $own (deepCopy .Values.router.config)) -}}
+{{- end -}}
+
+{{/* (dict "root" $ "pool" settings) */}}
+{{- define "baton.workerToml" -}}
+{{- $root := .root -}}
+{{- $membership := dict "prefix" (include "baton.prefix" $root) "lease_ms" $root.Values.etcd.leaseMs -}}
+{{- if eq $root.Values.etcd.mode "none" -}}
+{{- $_ := set $membership "registry" (first (include "baton.routers" $root | fromJsonArray)) -}}
+{{- else -}}
+{{- $_ := set $membership "etcd" (include "baton.etcdEndpoints" $root | fromJsonArray) -}}
+{{- end -}}
+{{- $own := dict
+    "role" .pool.role
+    "backend" .pool.backend
+    "model" $root.Values.model.path
+    "served_model_name" $root.Values.model.name
+    "listen" (printf "%s:%d" (include "baton.any" $root) (int .pool.ports.grpc))
+    "admin" (printf "%s:%d" (include "baton.any" $root) (int .pool.ports.admin))
+    "drain_ms" (mul 1000 .pool.drainSeconds)
+    "membership" $membership -}}
+{{- include "baton.toml" (mergeOverwrite $own (deepCopy .pool.config)) -}}
+{{- end -}}
+
+{{/* Each router by its own name: a gateway goes to another when one does not answer, which one address for all would hide. */}}
+{{- define "baton.routers" -}}
+{{- $name := printf "%s-router" (include "baton.fullname" .) -}}
+{{- $urls := list -}}
+{{- range $index := until (int .Values.router.replicas) -}}
+{{- $urls = append $urls (printf "http://%s-%d.%s.%s.svc:%d" $name $index $name $.Release.Namespace (int $.Values.router.ports.grpc)) -}}
+{{- end -}}
+{{- toJson $urls -}}
+{{- end -}}
+
+{{- define "baton.prefix" -}}
+{{- .Values.etcd.prefix | default (printf "%s.%s" .Release.Namespace (include "baton.fullname" .)) -}}
+{{- end -}}
+
+{{- define "baton.etcdEndpoints" -}}
+{{- if eq .Values.etcd.mode "bundled" -}}
+{{- $name := printf "%s-etcd" (include "baton.fullname" .) -}}
+{{- $urls := list -}}
+{{- range $index := until 3 -}}
+{{- $urls = append $urls (printf "http://%s-%d.%s.%s.svc:2379" $name $index $name $.Release.Namespace) -}}
+{{- end -}}
+{{- toJson $urls -}}
+{{- else if .Values.etcd.tls.secret -}}
+{{- toJson (list "http://127.0.0.1:2379") -}}
+{{- else -}}
+{{- toJson .Values.etcd.endpoints -}}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,34 @@
+{{/* Pools of workers. A pool is what .Values.workers says, overridden by its own settings. */}}
+
+{{/* Every pool by name, as JSON. */}}
+{{- define "baton.pools" -}}
+{{- $pools := dict -}}
+{{- range $name, $own := .Values.pools -}}
+{{- $_ := set $pools $name (mergeOverwrite (deepCopy $.Values.workers) (deepCopy $own)) -}}
+{{- end -}}
+{{- toJson $pools -}}
+{{- end -}}
+
+{{/* (dict "root" $ "pool" settings): "true" if its number of workers is not ours to set. */}}
+{{- define "baton.autoscaled" -}}
+{{- if and (ne .root.Values.autoscaling.kind "none") .pool.autoscaling.enabled }}true{{ end -}}
+{{- end -}}
+
+{{/* "true" if a pool may have no worker. The gateways must take requests even then: they wait in the routers' queue, and that is what
+wakes the pool. */}}
+{{- define "baton.mayBeEmpty" -}}
+{{- range $name, $pool := include "baton.pools" . | fromJson -}}
+{{- if include "baton.autoscaled" (dict "root" $ "pool" $pool) -}}
+{{- if not $pool.autoscaling.minReplicas }}true{{ end -}}
+{{- else if not $pool.replicas }}true{{ end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "baton.poolResources" -}}
+{{- $resources := deepCopy .resources -}}
+{{- $devices := dict -}}
+{{- if .gpus }}{{ $_ := set $devices "nvidia.com/gpu" .gpus }}{{ end -}}
+{{- if .rdma.resource }}{{ $_ := set $devices .rdma.resource .rdma.count }}{{ end -}}
+{{- if $devices }}{{ $_ := set $resources "limits" (merge $devices ($resources.limits | default dict)) }}{{ end -}}
+{{- toYaml $resources -}}
+{{- end -}}
