@@ -5,18 +5,18 @@
 use crate::{
     Error, Now,
     digest::Binding,
+    framing,
     sender::{self, Action, Bounds, Event, Failure},
 };
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use kv::{BlockId, KvError, KvMemory, Payload, StepId, Transfer};
-use proto::{deliver_message::Message, deliver_reply::Reply, handoff_client::HandoffClient};
+use proto::{deliver_message::Message, deliver_reply::Reply};
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 use tokio::{
     sync::mpsc,
     time::{Instant, Interval, MissedTickBehavior},
 };
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Streaming, metadata::MetadataMap, transport::Channel};
+use tonic::{Streaming, metadata::MetadataMap, transport::Channel};
 
 /// Messages between the driver and the transport; the bytes under way are bounded by the window.
 const OUTGOING: usize = 4;
@@ -136,7 +136,7 @@ impl Delivery {
             commit: None,
             queue: VecDeque::from([Message::Open(opening(&order, memory.layout().fingerprint()))]),
             outgoing,
-            replies: Replies::Opening(call(channel, messages, trace)),
+            replies: Replies::Opening(framing::deliver(channel, messages, trace).boxed()),
             clock,
             silence: options.silence,
             start: Instant::now(),
@@ -335,20 +335,6 @@ fn opening(order: &Order, layout_fingerprint: u64) -> proto::DeliverOpen {
         weights_fingerprint: order.weights_fingerprint,
         member: order.member.clone(),
     }
-}
-
-fn call(
-    channel: Channel,
-    messages: mpsc::Receiver<proto::DeliverMessage>,
-    trace: MetadataMap,
-) -> BoxFuture<'static, Result<Streaming<proto::DeliverReply>, tonic::Status>> {
-    async move {
-        let mut client = HandoffClient::new(channel).max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
-        let mut request = Request::new(ReceiverStream::new(messages));
-        *request.metadata_mut() = trace;
-        Ok(client.deliver(request).await?.into_inner())
-    }
-    .boxed()
 }
 
 /// The end of a transfer; a device that went away without a word has stopped.

@@ -5,6 +5,7 @@
 pub mod deliver;
 pub mod digest;
 mod error;
+mod framing;
 pub mod liveness;
 pub mod placement;
 pub mod receive;

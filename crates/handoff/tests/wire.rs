@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 use tokio::{net::TcpListener, sync::oneshot};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
 
 const LAYOUT: KvLayout = KvLayout { dtype: KvDtype::F32, layers: 3, block_tokens: 4, row: 100 };
@@ -166,7 +166,7 @@ impl Decode {
         let address = format!("http://{}", listener.local_addr().unwrap());
         let service = HandoffServer::new(table).max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
         tokio::spawn(
-            transport::server().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)),
+            transport::server().add_service(service).serve_with_incoming(transport::incoming(listener)),
         );
         Decode { memory, incoming, address }
     }

@@ -46,7 +46,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
     let Listeners { grpc, admin, addresses } = Listeners::bind(&config).await?;
     addresses.announce();
     let place = Place { addresses, membership, dial: Dial::default() };
-    serve(config, place, TcpListenerStream::new(grpc), admin, load::load, shutdown).await
+    serve(config, place, handoff::transport::incoming(grpc), admin, load::load, shutdown).await
 }
 
 /// Where a worker stands among others.

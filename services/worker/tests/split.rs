@@ -9,7 +9,7 @@ use proto::{
 };
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio_stream::{StreamExt, wrappers::TcpListenerStream};
+use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status, Streaming};
 use worker::Role;
 
@@ -152,7 +152,7 @@ async fn damaged_bytes_are_refused_and_sent_again() {
     let damage = handoff_server::HandoffServer::new(Damage(decode.member.clone()))
         .max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
     let server = handoff::transport::server().add_service(damage);
-    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    tokio::spawn(server.serve_with_incoming(handoff::transport::incoming(listener)));
     let (prompt, expected) = golden().swap_remove(40);
     let sequence = sequence(&prompt, 100);
     let mut decoding = generate(&decode.member, &sequence, false).await;

@@ -23,7 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 pub const RESERVATION: u64 = 1;
@@ -98,7 +98,7 @@ impl Peer {
         })?;
         let service = HandoffServer::new(table.clone()).max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
         let server = transport::server().add_service(service);
-        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(grpc)));
+        tokio::spawn(server.serve_with_incoming(transport::incoming(grpc)));
         Ok(Peer { table, tcp, memories: None })
     }
 
