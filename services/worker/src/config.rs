@@ -119,6 +119,18 @@ pub struct Handoff {
     pub window_kb: u64,
     /// Times that one block may be offered before the delivery fails.
     pub tries: u32,
+    /// How blocks get from prefill to decode. All workers must agree.
+    pub transport: Transport,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// In the messages of the hand-off.
+    #[default]
+    Grpc,
+    /// Decode reads them out of prefill's memory: RDMA, or what NIXL finds. Needs a binary built with the feature `rdma`, and NIXL.
+    Nixl,
 }
 
 /// What [`Config::backend`] may name. `cuda` needs a binary built with the feature of that name, and a Hopper GPU; `sim`
@@ -181,7 +193,7 @@ impl Default for Liveness {
 
 impl Default for Handoff {
     fn default() -> Self {
-        Handoff { window_kb: 16 << 10, tries: 3 }
+        Handoff { window_kb: 16 << 10, tries: 3, transport: Transport::default() }
     }
 }
 
@@ -260,6 +272,16 @@ fn wrong(key: &'static str, what: &'static str, fix: &'static str) -> Error {
     Error::Config { key, what, fix }
 }
 
+impl Transport {
+    /// As configuration and metrics have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Transport::Grpc => "grpc",
+            Transport::Nixl => "nixl",
+        }
+    }
+}
+
 impl Role {
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -300,6 +322,7 @@ mod tests {
             ("block_tokens = 0", "block_tokens"),
             ("max_reserved_share = 1.5", "max_reserved_share"),
             ("gpu_memory_utilization = 90", "gpu_memory_utilization"),
+            ("handoff.transport = \"rdma\"", "unknown variant `rdma`, expected `grpc` or `nixl`"),
             ("load_format = \"gguf\"", "unknown variant `gguf`"),
             ("listen = \"0.0.0.0:7000\"", "advertise"),
             ("liveness.silence_ms = 1500", "silence_ms"),
