@@ -72,14 +72,14 @@ fn main() {
     let mut bench = Bench { device, noise, rows: Vec::new() };
     bench.copy();
     for (name, n, k) in [("q_a + kv_a", 2112, HIDDEN), ("q_b", 24576, 1536), ("o_proj", HIDDEN, 16384)] {
-        for rows in [1, 32, 128, 4096] {
+        for rows in [1, 32, 128, 4096, 16384] {
             bench.dense(name, rows, n, k, true);
         }
     }
     for rows in [1, 128] {
         bench.dense("head (bf16)", rows, 129_280, HIDDEN, false);
     }
-    for rows in [1, 32, 128, 256, 4096] {
+    for rows in [1, 32, 128, 256, 4096, 16384] {
         bench.experts(rows);
     }
     for (rows, context) in [(1, 4096), (128, 4096), (32, 16384)] {

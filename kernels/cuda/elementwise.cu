@@ -27,22 +27,6 @@ __device__ __forceinline__ float block_sum(float x, float* warps) {
     return sum;
 }
 
-__device__ __forceinline__ void unpack(uint4 packed, float* values) {
-    const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&packed);
-    for (int i = 0; i < 4; i++) {
-        float2 pair = __bfloat1622float2(pairs[i]);
-        values[2 * i] = pair.x;
-        values[2 * i + 1] = pair.y;
-    }
-}
-
-__device__ __forceinline__ uint4 pack(const float* values) {
-    uint4 packed;
-    __nv_bfloat162* pairs = reinterpret_cast<__nv_bfloat162*>(&packed);
-    for (int i = 0; i < 4; i++) pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-    return packed;
-}
-
 __device__ __forceinline__ __nv_bfloat162 rotated(__nv_bfloat162 pair, float2 angle) {
     float2 v = __bfloat1622float2(pair);
     return __floats2bfloat162_rn(v.x * angle.x - v.y * angle.y, v.x * angle.y + v.y * angle.x);
@@ -72,27 +56,26 @@ rms_norm(const uint32_t* counts, bf16* residual, const bf16* delta, const float*
     uint32_t row = blockIdx.x;
     if (row >= counts[0]) return;
     uint64_t start = (uint64_t)row * width;
-    uint4* x = reinterpret_cast<uint4*>(residual + start);
-    float squares = 0.0f, values[8], added[8];
-    for (uint32_t i = threadIdx.x; i < width / 8; i += THREADS) {
-        unpack(x[i], values);
+    bf16* x = residual + start;
+    float squares = 0.0f;
+    for (uint32_t i = threadIdx.x * 8; i < width; i += THREADS * 8) {
+        Eight values = load8(x + i);
         if (delta != nullptr) {
-            unpack(reinterpret_cast<const uint4*>(delta + start)[i], added);
-            for (int j = 0; j < 8; j++) values[j] += added[j];
-            uint4 sum = pack(values);
-            x[i] = sum;
-            unpack(sum, values);
+            Eight added = load8(delta + start + i);
+            for (int j = 0; j < 8; j++) values.at[j] += added.at[j];
+            store8(x + i, values);
+            for (int j = 0; j < 8; j++) values.at[j] = to_f32(to_bf16(values.at[j]));
         }
-        for (int j = 0; j < 8; j++) squares = fmaf(values[j], values[j], squares);
+        for (int j = 0; j < 8; j++) squares = fmaf(values.at[j], values.at[j], squares);
     }
     float inverse = 1.0f / sqrtf(block_sum(squares, warps) / (float)width + eps);
-    for (uint32_t i = threadIdx.x; i < width / 8; i += THREADS) {
-        unpack(x[i], values);
-        const float4* w = reinterpret_cast<const float4*>(weight) + 2 * i;
+    for (uint32_t i = threadIdx.x * 8; i < width; i += THREADS * 8) {
+        Eight values = load8(x + i);
+        const float4* w = reinterpret_cast<const float4*>(weight + i);
         float4 low = w[0], high = w[1];
         float weights[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        for (int j = 0; j < 8; j++) values[j] = weights[j] * (values[j] * inverse);
-        reinterpret_cast<uint4*>(out + start)[i] = pack(values);
+        for (int j = 0; j < 8; j++) values.at[j] = weights[j] * (values.at[j] * inverse);
+        store8(out + start + i, values);
     }
 }
 

@@ -8,6 +8,8 @@
 //       there is much of in decode) by TOKENS rows of x (the N side: 8 to 128); a warpgroup has 64 by TOKENS of it. Of a tile
 //       with fewer rows only the tensor work that it needs is done. There are as many blocks as run at once, each takes
 //       tile after tile, and the next one's rows are fetched while the results of the last are written.
+// Order: of many rows, a block of W meets GROUP tiles of rows one after the other before the next does: it comes from memory once
+//       and from the L2 for the others, and so do the rows. Else memory is what bounds a prompt: every tile of rows reads all of W.
 // Clusters: of few tiles, `splits` blocks share one, each takes a part of k, and their sums are added in the order of k: a narrow
 //       matrix is streamed by many multiprocessors, and the same input gives the same bits.
 // Shared memory: a ring of stages, each (128 + TOKENS) rows of 128 bytes of k as the copy engine swizzles them, and for FP8
@@ -74,17 +76,24 @@ struct Work {
     Out* y;
 };
 
-template <bool FP8, int TOKENS, typename Out>
-__device__ __forceinline__ uint32_t works(const Problem<Out>& of) {
-    uint32_t runs = of.tiles ? *of.count : (*of.count + TOKENS - 1) / TOKENS;
-    return runs * ((of.n + WEIGHT_ROWS - 1) / WEIGHT_ROWS) * of.batch;
+// Tiles of rows of x, of every item of a batch.
+template <int TOKENS, typename Out>
+__device__ __forceinline__ uint32_t runs(const Problem<Out>& of) {
+    return (of.tiles ? *of.count : (*of.count + TOKENS - 1) / TOKENS) * of.batch;
 }
 
-// Tile `index`, rows of W first: what runs together has the same rows of x. `part` of the chunks of k.
+template <int TOKENS, typename Out>
+__device__ __forceinline__ uint32_t works(const Problem<Out>& of) {
+    return runs<TOKENS>(of) * ((of.n + WEIGHT_ROWS - 1) / WEIGHT_ROWS);
+}
+
+// Tile `index` in groups of GROUP tiles of rows: in a group those first, then rows of W. `part` of the chunks of k.
 template <bool FP8, int TOKENS, typename Out>
 __device__ __forceinline__ Work<Out> work(const Problem<Out>& of, uint32_t index, uint32_t part) {
-    uint32_t blocks = (of.n + WEIGHT_ROWS - 1) / WEIGHT_ROWS, n0 = index % blocks * WEIGHT_ROWS, run = index / blocks;
-    uint32_t item = run % of.batch;
+    constexpr uint32_t GROUP = TOKENS == 128 ? 8 : 1;
+    uint32_t blocks = (of.n + WEIGHT_ROWS - 1) / WEIGHT_ROWS, begin = index / (blocks * GROUP) * GROUP;
+    uint32_t together = GROUP == 1 ? 1 : min(GROUP, runs<TOKENS>(of) - begin), within = index - begin * blocks;
+    uint32_t n0 = within / together * WEIGHT_ROWS, run = begin + within % together, item = run % of.batch;
     Tile tile = {item, run / of.batch * TOKENS, 0, 0};
     if (of.tiles) tile = of.tiles[run];
     else tile.rows = min((uint32_t)TOKENS, *of.count - tile.first);
@@ -315,7 +324,7 @@ __device__ __forceinline__ void linear(const Problem<Out>& of) {
     }
     __syncthreads();
     uint32_t begin = blockIdx.x / of.splits, step = gridDim.x / of.splits, part = blockIdx.x % of.splits;
-    uint32_t end = works<FP8, TOKENS>(of), turn = 0;
+    uint32_t end = works<TOKENS>(of), turn = 0;
     bool whole = of.splits == 1;
     if (threadIdx.x >= CONSUMERS) {
         if (TOKENS == 128) registers_down<40>();

@@ -15,7 +15,28 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-__device__ __forceinline__ float warp_max(float x) {
-    for (int offset = 16; offset > 0; offset >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+// Eight values that lie together, in 16 bytes.
+struct Eight {
+    float at[8];
+};
+
+__device__ __forceinline__ Eight load8(const bf16* from) {
+    uint4 packed = *(const uint4*)from;
+    const __nv_bfloat162* pairs = (const __nv_bfloat162*)&packed;
+    Eight x;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float2 pair = __bfloat1622float2(pairs[i]);
+        x.at[2 * i] = pair.x;
+        x.at[2 * i + 1] = pair.y;
+    }
     return x;
+}
+
+__device__ __forceinline__ void store8(bf16* to, const Eight& x) {
+    uint4 packed;
+    __nv_bfloat162* pairs = (__nv_bfloat162*)&packed;
+#pragma unroll
+    for (int i = 0; i < 4; i++) pairs[i] = __floats2bfloat162_rn(x.at[2 * i], x.at[2 * i + 1]);
+    *(uint4*)to = packed;
 }

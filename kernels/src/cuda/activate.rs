@@ -5,8 +5,9 @@ use crate::Error;
 
 pub(super) const KERNELS: &[&str] = &["quantize", "silu_mul_quantize", "silu_mul", "gather"];
 
-/// Warps of a block, each with 128 channels at a time.
+/// Warps of a block, and channels that one has at a time.
 const WARPS: u32 = 4;
+const CHANNELS: u32 = 256;
 /// From so many rows on, a block takes a whole row.
 const MANY_ROWS: u32 = 4096;
 
@@ -50,7 +51,7 @@ impl RowScales {
 }
 
 fn grid(rows: Rows, k: u32) -> Grid {
-    let blocks = if rows.most >= MANY_ROWS { 1 } else { k.div_ceil(WARPS * 128) };
+    let blocks = if rows.most >= MANY_ROWS { 1 } else { k.div_ceil(WARPS * CHANNELS) };
     Grid::new([rows.most, blocks, 1], 32 * WARPS)
 }
 
@@ -62,10 +63,10 @@ fn launch(device: &Device, name: &str, rows: Rows, k: u32, args: Args) -> Result
 }
 
 fn check_quantised(k: u32, stride: u32) -> Result<(), Error> {
-    match k.is_multiple_of(16) && stride.is_multiple_of(4) {
+    match k.is_multiple_of(16) && stride.is_multiple_of(8) {
         true => Ok(()),
         false => {
-            Err(Error::Unsupported(format!("FP8 rows of {k} at stride {stride}: not multiples of 16 and 4")))
+            Err(Error::Unsupported(format!("FP8 rows of {k} at stride {stride}: not multiples of 16 and 8")))
         }
     }
 }
@@ -99,8 +100,8 @@ pub fn silu_mul_quantize(
 
 /// `out = silu(gate) ⊙ up`, of rows `gate | up`, each `k` wide.
 pub fn silu_mul(device: &Device, rows: Rows, both: Address, k: u32, out: Address) -> Result<(), Error> {
-    if !k.is_multiple_of(4) {
-        return Err(Error::Unsupported(format!("an MLP of width {k}: not a multiple of 4")));
+    if !k.is_multiple_of(8) {
+        return Err(Error::Unsupported(format!("an MLP of width {k}: not a multiple of 8")));
     }
     let args = Args::default().ptr(rows.count).u32(rows.per).ptr(both).u32(k).ptr(out);
     launch(device, "silu_mul", rows, k, args)

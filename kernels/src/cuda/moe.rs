@@ -99,6 +99,9 @@ pub fn combine(
     let args = args.ptr(shared.unwrap_or(0)).u32(hidden).ptr(out);
     match rows {
         0 => Ok(()),
-        _ => device.launch("moe_combine", Grid::new([rows, hidden.div_ceil(256), 1], 256), args),
+        _ if !hidden.is_multiple_of(8) => {
+            Err(Error::Unsupported(format!("hidden size {hidden}: not a multiple of 8")))
+        }
+        _ => device.launch("moe_combine", Grid::new([rows, hidden.div_ceil(1024), 1], 128), args),
     }
 }
