@@ -19,10 +19,18 @@ pub fn baton() -> &'static Path {
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "-q", "--locked", "-p", "baton", "--bin", "baton"]).current_dir(root());
         build.arg("--target-dir").arg(profile.parent().unwrap());
+        if has_nixl() {
+            build.args(["--features", "rdma"]);
+        }
         if profile.ends_with("release") {
             build.arg("--release");
         }
         assert!(build.status().expect("cargo runs").success(), "baton does not build");
         profile.join("baton")
     })
+}
+
+/// Whether the binary under test has the transport through NIXL, as `make test-rdma` asks.
+pub fn has_nixl() -> bool {
+    std::env::var_os("BATON_NIXL_REQUIRED").is_some()
 }

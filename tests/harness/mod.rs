@@ -10,7 +10,7 @@ mod http;
 mod pool;
 mod request;
 
-pub use binary::{baton, root};
+pub use binary::{baton, has_nixl, root};
 pub use cluster::{Cluster, Worker};
 pub use pool::Pool;
 pub use request::{Answer, Ask};

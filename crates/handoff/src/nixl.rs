@@ -9,6 +9,18 @@ use std::sync::Arc;
 #[cfg(feature = "rdma")]
 mod agent;
 
+/// Whether it can be used at all. Loads the library.
+#[cfg(feature = "rdma")]
+pub fn check() -> Result<(), Error> {
+    agent::check()
+}
+
+#[cfg(not(feature = "rdma"))]
+pub fn check() -> Result<(), Error> {
+    let message = "this binary was built without it; build it with --features rdma, or use --transport grpc";
+    Err(Error::Nixl(message.to_owned()))
+}
+
 /// Registers the memory's pool, once and whole. `member` names this incarnation of the worker.
 #[cfg(feature = "rdma")]
 pub fn open(member: &str, memory: &dyn KvMemory) -> Result<Arc<dyn Direct>, Error> {
@@ -17,7 +29,5 @@ pub fn open(member: &str, memory: &dyn KvMemory) -> Result<Arc<dyn Direct>, Erro
 
 #[cfg(not(feature = "rdma"))]
 pub fn open(_member: &str, _memory: &dyn KvMemory) -> Result<Arc<dyn Direct>, Error> {
-    Err(Error::Nixl(
-        "this binary was built without it; build it with --features rdma, or use --transport grpc".into(),
-    ))
+    check().map(|()| unreachable!("without it, it cannot be used"))
 }

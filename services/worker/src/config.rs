@@ -234,7 +234,24 @@ impl Config {
             return Err(wrong("liveness.silence_ms", "is too short", "give more than twice heartbeat_ms"));
         }
         self.check_advertised()?;
+        self.check_transport()?;
         Ok(self.membership.check()?)
+    }
+
+    /// What would be refused after the model is loaded.
+    fn check_transport(&self) -> Result<(), Error> {
+        if self.handoff.transport == Transport::Grpc {
+            return Ok(());
+        }
+        if self.backend != "cpu" {
+            let fix = "use grpc, or backend = \"cpu\": memory of a device is not registered yet";
+            return Err(wrong(
+                "handoff.transport",
+                "is nixl, but of this backend its KV pool is not in host memory",
+                fix,
+            ));
+        }
+        handoff::nixl::check().map_err(Error::Transport)
     }
 
     fn check_advertised(&self) -> Result<(), Error> {

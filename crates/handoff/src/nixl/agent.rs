@@ -42,17 +42,24 @@ enum Command {
     Sever(String),
 }
 
+/// Loads the library.
+pub fn check() -> Result<(), Error> {
+    match nixl_sys::is_stub() {
+        true => Err(Error::Nixl(format!("libnixl_capi.so was not found; {INSTALL}"))),
+        false => Ok(()),
+    }
+}
+
 impl Nixl {
     pub fn open(member: &str, memory: &dyn KvMemory) -> Result<Arc<dyn Direct>, Error> {
         let region = memory.region().ok_or_else(|| {
             Error::Nixl(
-                "the KV pool of this backend lies in device memory, which is not registered yet; use --transport grpc"
+                "the KV pool of this backend is not in host memory, and memory of a device is not registered yet; use \
+                 --transport grpc"
                     .to_owned(),
             )
         })?;
-        if nixl_sys::is_stub() {
-            return Err(Error::Nixl(format!("libnixl_capi.so was not found; {INSTALL}")));
-        }
+        check()?;
         skip_finalisers();
         let (commands, received) = mpsc::sync_channel(COMMANDS);
         let (opened, outcome) = mpsc::channel();
