@@ -1,5 +1,5 @@
 # The commands a newcomer and CI need. `make` alone lists them.
-.PHONY: help up build cuda test test-chart test-images test-rdma lint bench proof-split proof-faults proof-scale clean
+.PHONY: help up build cuda test test-chart test-images test-rdma lint bench proof-split proof-faults proof-model proof-scale clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ proof-split: ## split equals whole at full size: 200 prompts in every arrangemen
 proof-faults: ## kill workers and etcd under load, all of etcd gone for a minute
 	bash tests/install
 	BATON_PROOF=faults PATH="$(CURDIR)/target/tools/bin:$$PATH" cargo test --locked -p tests -- faults membership --nocapture
+
+proof-model: ## model check the hand-off at larger bounds (minutes, about 1 GB)
+	BATON_PROOF=model cargo test --locked -p handoff --test protocol -- --nocapture --test-threads=1
 
 proof-scale: ## containers under load: decode 2 -> 4 -> 1, prefill 2 -> 0 -> 2, no request lost
 	tests/contained tests/scale.py $(or $(RESULT),target/scale.json)

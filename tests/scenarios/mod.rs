@@ -1,4 +1,5 @@
 mod api;
+mod chart;
 mod dependencies;
 mod faults;
 mod golden;

@@ -238,7 +238,7 @@ fn choose_ports(servers: usize) -> Vec<Server> {
         .collect()
 }
 
-fn find_etcd() -> PathBuf {
+pub fn find_etcd() -> PathBuf {
     if let Some(path) = env::var_os("BATON_ETCD_BIN") {
         return path.into();
     }

@@ -10,7 +10,7 @@ use kv::{
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -87,12 +87,15 @@ impl Memories {
     pub fn nixl(&self, memory: Memory) -> Result<handoff::direct::Pool, Error> {
         let of = self.get(memory)?;
         let mut direct = self.direct.lock().unwrap_or_else(PoisonError::into_inner);
-        if !direct.contains_key(&memory) {
-            let member =
-                format!("bench-handoff-{}-{memory:?}-{}", std::process::id(), of.layout().block_bytes());
-            direct.insert(memory, nixl::open(&member, &*of).map_err(refused)?);
-        }
-        handoff::direct::Pool::direct(of, direct[&memory].clone()).map_err(refused)
+        let open = match direct.entry(memory) {
+            Entry::Occupied(open) => open.into_mut(),
+            Entry::Vacant(none) => {
+                let block_bytes = of.layout().block_bytes();
+                let member = format!("bench-handoff-{}-{memory:?}-{block_bytes}", std::process::id());
+                none.insert(nixl::open(&member, &*of).map_err(refused)?)
+            }
+        };
+        handoff::direct::Pool::direct(of, open.clone()).map_err(refused)
     }
 
     pub fn get(&self, memory: Memory) -> Result<Arc<dyn KvMemory>, Error> {
