@@ -1,7 +1,8 @@
 """The whole model on a GPU, in one command: `baton bench-engine` on both configurations of deploy/bench, every case, a long run and
-the time of each operation, in one JSON file. Nothing is compiled here.
+the time of each operation; and the hand-off between two processes on one GPU (`baton bench-handoff`), in one JSON file. Nothing is
+compiled here.
 
-    python3 tests/gpu_bench.py BATON RESULT.json [slice9|ep32 ...]
+    python3 tests/gpu_bench.py BATON RESULT.json [slice9|ep32|handoff ...]
 """
 
 import datetime
@@ -17,12 +18,13 @@ here = os.path.dirname(os.path.abspath(__file__))
 ALL = ["decode:1x4096", "decode:8x4096", "decode:32x4096", "decode:64x4096", "decode:128x4096", "decode:256x4096",
        "decode:128x1024", "decode:32x16384", "prefill:1x4096", "prefill:4x4096", "prefill:1x16384"]
 FEW = ["decode:1x4096x4", "decode:32x4096x4", "decode:128x4096x4", "decode:256x4096x4", "prefill:4x4096x2", "prefill:1x16384x2"]
-# (name, model, arguments): a run loads the model once.
+# (name, what is chosen by, arguments): a run loads the model once.
 RUNS = [
     ("slice9", "slice9", ALL + ["decode:256x4096x500"]),
     ("slice9 by operation", "slice9", ["--kernels", *FEW]),
     ("ep32", "ep32", ALL),
     ("ep32 by operation", "ep32", ["--kernels", *FEW]),
+    ("handoff", "handoff", []),
 ]
 # A run that hangs must not take the time of the others.
 SECONDS = 150
@@ -31,7 +33,8 @@ SECONDS = 150
 def run(model, arguments):
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         path = os.path.join(here, "../deploy/bench", model)
-        command = [baton, "bench-engine", "--model", path, "--backend", "cuda", "--seed", "1", "--json", out.name, *arguments]
+        of_model = ["bench-engine", "--model", path, "--seed", "1"]
+        command = [baton, *(["bench-handoff"] if model == "handoff" else of_model), "--backend", "cuda", "--json", out.name, *arguments]
         began = time.monotonic()
         try:
             ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
