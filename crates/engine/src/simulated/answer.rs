@@ -4,7 +4,7 @@
 
 use kernels::{
     Logprobs, SampledToken, Sampling,
-    cpu::{self, Count, History, Row},
+    cpu::{self, History, Row},
 };
 
 /// Tokens that stand out of the others at each position.
@@ -86,7 +86,7 @@ pub(super) fn history(tokens: &[u32], prompt_len: usize, sampling: &Sampling) ->
     let mut history = History::new();
     if sampling.has_penalties() {
         tokens[..prompt_len].iter().for_each(|token| {
-            history.entry(*token).or_insert_with(Count::default).in_prompt = true;
+            history.entry(*token).or_default().in_prompt = true;
         });
         tokens[prompt_len..].iter().for_each(|token| count_output(&mut history, *token));
     }
