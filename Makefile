@@ -1,5 +1,5 @@
 # The commands a newcomer and CI need. `make` alone lists them.
-.PHONY: help up build cuda test test-chart test-images lint bench simulate proof-split proof-faults proof-scale clean
+.PHONY: help up build cuda test test-chart test-images test-rdma lint bench simulate proof-split proof-faults proof-model proof-scale clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +23,12 @@ test-chart: ## render the Helm chart and hold it against its golden files, the s
 test-images: ## build the images and run deploy/compose.yaml on an engine of its own (root; installs docker.io if it is absent)
 	tests/contained tests/images.py
 
+test-rdma: ## the hand-off through NIXL: its protocol, and a cluster (installs libclang and NIXL's wheels if they are absent)
+	bash tests/install nixl
+	tests/nixl cargo clippy --locked -p baton --features rdma -- -D warnings
+	tests/nixl cargo test --locked -p handoff --features rdma
+	tests/nixl cargo test --locked -p tests -- split_over_nixl --nocapture
+
 lint: ## formatting and clippy, warnings denied
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
@@ -36,9 +42,12 @@ simulate: ## disturb simulated clusters: SEEDS=1000 or SEEDS=FROM..TO; SEED=17 r
 proof-split: ## split equals whole at full size: 200 prompts in every arrangement
 	BATON_PROOF=split cargo test --locked -p tests -- split --nocapture
 
-proof-faults: ## kill workers and etcd under load, all of etcd gone for a minute
+proof-faults: ## kill, stop and cut off every role in every phase under 32 streams; writes tests/proofs/faults-DATE.md and .json
 	bash tests/install
-	BATON_PROOF=faults PATH="$(CURDIR)/target/tools/bin:$$PATH" cargo test --locked -p tests -- faults membership --nocapture
+	BATON_PROOF=faults PATH="$(CURDIR)/target/tools/bin:$$PATH" cargo test --locked -p tests -- fault_table --nocapture
+
+proof-model: ## model check the hand-off at larger bounds (minutes, about 1 GB)
+	BATON_PROOF=model cargo test --locked -p handoff --test protocol -- --nocapture --test-threads=1
 
 proof-scale: ## containers under load: decode 2 -> 4 -> 1, prefill 2 -> 0 -> 2, no request lost
 	tests/contained tests/scale.py $(or $(RESULT),target/scale.json)

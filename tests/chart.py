@@ -151,11 +151,12 @@ def drains(name, documents, specs):
     """A pod is not killed before its service has drained."""
     for document in documents:
         for key, text in document.get("data", {}).items() if document["kind"] == "ConfigMap" else ():
-            drain = re.search(r"^drain_ms = (\d+)$", text, re.M)
+            drain, handover = (re.search(rf"^{name}_ms = (\d+)$", text, re.M) for name in ("drain", "handover"))
             if not key.endswith(".toml"):
                 continue
             grace = specs[document["metadata"]["name"]]["terminationGracePeriodSeconds"]
-            check(drain and grace >= int(drain[1]) / 1000 + 5, f"{name}: {key} drains for longer than its pod may take")
+            needed = (int(drain[1]) + int(handover[1] if handover else 2000)) / 1000 if drain else float("inf")
+            check(grace >= needed + 5, f"{name}: {key} drains for longer than its pod may take")
 
 
 def refusals(chart):
@@ -237,6 +238,7 @@ def promtool(documents_of):
             for rule in (document for document in documents if document["kind"] == "PrometheusRule"):
                 rules.write_text(yaml.safe_dump(rule["spec"]))
                 run([tool, "check", "rules", rules], f"{name}: PrometheusRule")
+    run([tool, "check", "config", "--syntax-only", ROOT / "deploy/prometheus/prometheus.yaml"], "deploy/prometheus/prometheus.yaml")
     run([tool, "test", "rules", ROOT / "tests/chart/alerts.yaml"], "tests/chart/alerts.yaml")
 
 

@@ -25,6 +25,10 @@
 {{- ternary (printf "%d" (int64 .)) (toJson .) (eq (floor .) .) -}}
 {{- else if kindIs "slice" . -}}
 [{{ range $index, $item := . }}{{ if $index }}, {{ end }}{{ include "baton.tomlValue" $item }}{{ end }}]
+{{- else if kindIs "map" . -}}
+{{- $items := list -}}
+{{- range $key, $item := . }}{{ $items = append $items (printf "%s = %s" $key (include "baton.tomlValue" $item)) }}{{ end -}}
+{ {{ join ", " $items }} }
 {{- else -}}
 {{ toRawJson . }}
 {{- end -}}
@@ -49,6 +53,7 @@
     "lease_ms" .Values.etcd.leaseMs
     "drain_ms" (mul 1000 .Values.router.drainSeconds) -}}
 {{- if ne .Values.etcd.mode "none" }}{{ $_ := set $own "etcd" (include "baton.etcdEndpoints" . | fromJsonArray) }}{{ end -}}
+{{- with include "baton.etcdTls" . }}{{ $_ := set $own "etcd_tls" (fromJson .) }}{{ end -}}
 {{- include "baton.toml" (mergeOverwrite $own (deepCopy .Values.router.config)) -}}
 {{- end -}}
 
@@ -60,6 +65,7 @@
 {{- $_ := set $membership "registry" (first (include "baton.routers" $root | fromJsonArray)) -}}
 {{- else -}}
 {{- $_ := set $membership "etcd" (include "baton.etcdEndpoints" $root | fromJsonArray) -}}
+{{- with include "baton.etcdTls" $root }}{{ $_ := set $membership "tls" (fromJson .) }}{{ end -}}
 {{- end -}}
 {{- $own := dict
     "role" .pool.role
@@ -95,9 +101,31 @@
 {{- $urls = append $urls (printf "http://%s-%d.%s.%s.svc:2379" $name $index $name $.Release.Namespace) -}}
 {{- end -}}
 {{- toJson $urls -}}
-{{- else if .Values.etcd.tls.secret -}}
-{{- toJson (list "http://127.0.0.1:2379") -}}
 {{- else -}}
 {{- toJson .Values.etcd.endpoints -}}
 {{- end -}}
+{{- end -}}
+
+{{/* Paths of the files that the Secret brings, as JSON; nothing without it. */}}
+{{- define "baton.etcdTls" -}}
+{{- with .Values.etcd.tls -}}
+{{- if .secret -}}
+{{- $files := dict "ca" (printf "/etc/etcd-tls/%s" .ca) -}}
+{{- if .cert }}{{ $_ := set $files "cert" (printf "/etc/etcd-tls/%s" .cert) }}{{ $_ := set $files "key" (printf "/etc/etcd-tls/%s" .key) }}{{ end -}}
+{{- toJson $files -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "baton.etcdTlsVolume" -}}
+{{- with .Values.etcd.tls.secret }}
+- name: etcd-tls
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- end -}}
+
+{{- define "baton.etcdTlsMount" -}}
+{{- if .Values.etcd.tls.secret }}
+- {name: etcd-tls, mountPath: /etc/etcd-tls, readOnly: true}
+{{- end }}
 {{- end -}}

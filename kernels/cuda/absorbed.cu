@@ -1,11 +1,13 @@
 // MLA attention in the absorbed form for 64 heads and more, over the paged cache, causal by position: attention.cu has the formula,
 // the layouts and the sum over splits.
 //
-// Threads: a block has 64 heads of a row and a split of its context: two warpgroups and one thread that loads. Both warpgroups compute
-//       all scores, each multiplies the probabilities by its 256 of the 512 columns: so nothing is exchanged, and a
-//       warpgroup's scores of the next tile and sums of the last run at the same time (FlashAttention-3, arXiv:2407.08608, 3.2).
+// Threads: a block has 64 heads of a row and a split of its context: two warpgroups and one thread that loads. Of a tile of 64
+//       positions each warpgroup computes the scores of 32 and, when the other's probabilities have come through shared memory,
+//       multiplies all 64 by its 256 of the 512 columns. The scores of the next tile are queued behind the sums of the last, so
+//       that the tensor cores rest only while probabilities are made.
 // Shared memory: queries, and two tiles of the cache, in panels [64 rows][128 bytes] as the copy engine swizzles them. A tile is both
-//       keys (all 576 columns) and values (the first 512).
+//       keys (all 576 columns) and values (the first 512); it is fetched while the other is worked on. Probabilities [64][PITCH],
+//       and the largest score and the sum of each head.
 // Bound: tensor cores; with few heads' blocks, the cache's bytes.
 #include "numbers.cuh"
 #include "splits.cuh"
@@ -19,10 +21,15 @@
 #define BYTES (PANELS * PANEL)
 #define CONSUMERS 256
 #define THREADS (CONSUMERS + 128)
+#define HALF (TILE / 2)
+// Of a row of probabilities: so that the fragments' words fall into 32 different banks.
+#define PITCH (TILE + 8)
 #define LOG2E 1.4426950408889634f
 
 struct Ring {
     uint8_t *queries, *tiles;
+    bf16* probabilities;
+    float* of_heads;  // [warpgroup][HEADS]
     uint64_t *asked, *full, *empty;
     __device__ uint8_t* tile(uint32_t index) const { return tiles + index % 2 * BYTES; }
     __device__ static uint32_t phase(uint32_t index) { return index / 2 & 1; }
@@ -51,27 +58,35 @@ __device__ __forceinline__ void produce(const CUtensorMap* query, const CUtensor
     }
 }
 
-// 64 heads: their scores with 64 positions, the warpgroup's columns of the sums so far, and for each of a lane's two heads the
-// largest score and the sum of probabilities.
+// 64 heads: their scores with the warpgroup's 32 positions, its columns of the sums so far, and for each of a lane's two heads the
+// largest score and the sum of the warpgroup's probabilities.
 struct State {
-    float scores[32], sums[2][64], top[2], total[2];
+    float scores[16], sums[2][64], top[2], total[2];
     uint32_t probabilities[16];
 };
 
+__device__ __forceinline__ uint32_t group() { return threadIdx.x / 128; }
+
+// A lane's first head; the second is 8 further.
+__device__ __forceinline__ uint32_t head() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
+
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
+
 __device__ __forceinline__ void begin_scores(State& state, const Ring& ring, uint32_t tile) {
     barrier_wait(ring.full + tile % 2, Ring::phase(tile));
+    const uint8_t* keys = ring.tile(tile) + group() * HALF * 128;
     wgmma_fence();
 #pragma unroll
     for (int p = 0; p < PANELS; p++) {
-        uint64_t q = operand(ring.queries + p * PANEL), k = operand(ring.tile(tile) + p * PANEL);
+        uint64_t q = operand(ring.queries + p * PANEL), k = operand(keys + p * PANEL);
 #pragma unroll
-        for (int step = 0; step < 4; step++) wgmma<false, 64>(state.scores, q + 2 * step, k + 2 * step, p + step > 0);
+        for (int step = 0; step < 4; step++) wgmma<false, HALF>(state.scores, q + 2 * step, k + 2 * step, p + step > 0);
     }
     wgmma_commit();
 }
 
 __device__ __forceinline__ void begin_sums(State& state, const Ring& ring, uint32_t tile) {
-    const uint8_t* values = ring.tile(tile) + threadIdx.x / 128 * 4 * PANEL;
+    const uint8_t* values = ring.tile(tile) + group() * 4 * PANEL;
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < TILE / 16; step++) {
@@ -85,9 +100,13 @@ __device__ __forceinline__ void begin_sums(State& state, const Ring& ring, uint3
     wgmma_commit();
 }
 
-__device__ __forceinline__ void end_sums(State& state) {
-    wgmma_wait<0>(state.sums[0]);
-    wgmma_wait<0>(state.sums[1]);
+// When at most `LEFT` products begun later are in flight.
+template <int LEFT>
+__device__ __forceinline__ void end_sums(State& state, const Ring& ring, uint32_t tile) {
+    wgmma_wait<LEFT>(state.sums[0]);
+    wgmma_wait<LEFT>(state.sums[1]);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty + tile % 2);
 }
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -102,9 +121,9 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 // Positions from `visible` on, which the split does not have.
 __device__ __forceinline__ void mask(State& state, uint32_t visible) {
-    uint32_t position = threadIdx.x % 4 * 2;
+    uint32_t position = group() * HALF + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
+    for (int i = 0; i < 16; i++) {
         if (position + i / 4 * 8 + i % 2 >= visible) state.scores[i] = -INFINITY;
     }
 }
@@ -119,32 +138,7 @@ __device__ __forceinline__ void clear(const Ring& ring, uint32_t tile, uint32_t 
         *(uint4*)(panel + visible * 128 + i % of_panel * 16) = {0, 0, 0, 0};
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-}
-
-// Scores to powers of two relative to the largest so far; `factor`: what the sums so far shrink by.
-__device__ __forceinline__ void softmax(State& state, float scale, float (&factor)[2]) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        float top = state.top[h];
-#pragma unroll
-        for (int i = 0; i < 32; i += 4) top = fmaxf(top, fmaxf(state.scores[i + 2 * h], state.scores[i + 2 * h + 1]));
-        // The first position of a tile is visible, so that this is finite.
-        top = quad_max(top);
-        factor[h] = exp2f((state.top[h] - top) * scale);
-        state.top[h] = top;
-        float sum = 0.f, shift = top * scale;
-#pragma unroll
-        for (int i = 0; i < 32; i += 4) {
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-                float& score = state.scores[i + 2 * h + c];
-                score = exp2f(fmaf(score, scale, -shift));
-                sum += score;
-            }
-        }
-        state.total[h] = state.total[h] * factor[h] + sum;
-    }
+    meet();
 }
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -152,9 +146,48 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return *(uint32_t*)&pair;
 }
 
-__device__ __forceinline__ void round_probabilities(State& state) {
+// The largest score of each head so far, in all 64 positions.
+__device__ __forceinline__ void meet_tops(const State& state, const Ring& ring, float (&top)[2]) {
 #pragma unroll
-    for (int i = 0; i < 16; i++) state.probabilities[i] = pack(state.scores[2 * i], state.scores[2 * i + 1]);
+    for (int h = 0; h < 2; h++) {
+        top[h] = state.top[h];
+#pragma unroll
+        for (int i = 0; i < 16; i += 4) top[h] = fmaxf(top[h], fmaxf(state.scores[i + 2 * h], state.scores[i + 2 * h + 1]));
+        top[h] = quad_max(top[h]);
+        if (threadIdx.x % 4 == 0) ring.of_heads[group() * HEADS + head() + 8 * h] = top[h];
+    }
+    meet();
+    // The first position of a tile is visible, so that these are finite.
+#pragma unroll
+    for (int h = 0; h < 2; h++) top[h] = fmaxf(top[h], ring.of_heads[(group() ^ 1) * HEADS + head() + 8 * h]);
+}
+
+// Scores to powers of two relative to the largest so far, all 64 of a head in `state.probabilities`, rounded; `factor`: what the
+// sums so far shrink by. Both warpgroups have read the last tile's when they meet at its end.
+__device__ __forceinline__ void softmax(State& state, const Ring& ring, float scale, float (&factor)[2]) {
+    float top[2];
+    meet_tops(state, ring, top);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        factor[h] = exp2f((state.top[h] - top[h]) * scale);
+        state.top[h] = top[h];
+        float sum = 0.f, shift = top[h] * scale;
+        bf16* to = ring.probabilities + (head() + 8 * h) * PITCH + group() * HALF + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 16; i += 4) {
+            float low = exp2f(fmaf(state.scores[i + 2 * h], scale, -shift));
+            float high = exp2f(fmaf(state.scores[i + 2 * h + 1], scale, -shift));
+            sum += low + high;
+            *(uint32_t*)(to + i / 4 * 8) = pack(low, high);
+        }
+        state.total[h] = state.total[h] * factor[h] + sum;
+    }
+    meet();
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        const bf16* from = ring.probabilities + (head() + i % 2 * 8) * PITCH + i / 4 * 16 + i % 4 / 2 * 8 + threadIdx.x % 4 * 2;
+        state.probabilities[i] = *(const uint32_t*)from;
+    }
 }
 
 __device__ __forceinline__ void shrink(State& state, const float (&factor)[2]) {
@@ -163,6 +196,18 @@ __device__ __forceinline__ void shrink(State& state, const float (&factor)[2]) {
         state.sums[0][i] *= factor[i % 4 / 2];
         state.sums[1][i] *= factor[i % 4 / 2];
     }
+}
+
+// Both warpgroups' sums of probabilities.
+__device__ __forceinline__ void meet_totals(State& state, const Ring& ring) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        state.total[h] = quad_sum(state.total[h]);
+        if (threadIdx.x % 4 == 0) ring.of_heads[group() * HEADS + head() + 8 * h] = state.total[h];
+    }
+    meet();
+#pragma unroll
+    for (int h = 0; h < 2; h++) state.total[h] = ring.of_heads[head() + 8 * h] + ring.of_heads[HEADS + head() + 8 * h];
 }
 
 __device__ __forceinline__ void consume(State& state, const Ring& ring, const Split& split, float scale) {
@@ -175,36 +220,32 @@ __device__ __forceinline__ void consume(State& state, const Ring& ring, const Sp
     barrier_wait(ring.asked, 0);
     if (last == 0 && visible < TILE) clear(ring, 0, visible);
     begin_scores(state, ring, 0);
-    wgmma_wait<0>(state.scores);
-    if (last == 0) mask(state, visible);
-    softmax(state, scale, factor);
-    round_probabilities(state);
-    for (uint32_t tile = 1; tile <= last; tile++) {
-        if (tile == last && visible < TILE) clear(ring, tile, visible);
-        begin_scores(state, ring, tile);
-        begin_sums(state, ring, tile - 1);
-        wgmma_wait<1>(state.scores);
-        if (tile == last) mask(state, visible);
-        softmax(state, scale, factor);
-        end_sums(state);
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty + (tile - 1) % 2);
+    for (uint32_t tile = 0; tile < last; tile++) {
+        wgmma_wait<0>(state.scores);
+        softmax(state, ring, scale, factor);
         shrink(state, factor);
-        round_probabilities(state);
+        begin_sums(state, ring, tile);
+        if (tile + 1 == last && visible < TILE) clear(ring, last, visible);
+        begin_scores(state, ring, tile + 1);
+        end_sums<1>(state, ring, tile);
     }
+    wgmma_wait<0>(state.scores);
+    mask(state, visible);
+    softmax(state, ring, scale, factor);
+    shrink(state, factor);
     begin_sums(state, ring, last);
-    end_sums(state);
+    end_sums<0>(state, ring, last);
+    meet_totals(state, ring);
 }
 
 // The warpgroup's columns of 64 heads: into `out` if the row has one split, else with the logarithm of their weight for the sum.
 __device__ __forceinline__ void write(const State& state, bool alone, uint64_t place, uint64_t out_place, uint32_t heads_left,
                                       float scale, float* partial, float* lse, bf16* out) {
-    uint32_t lane = threadIdx.x % 32, head = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    uint32_t column = threadIdx.x / 128 * 256 + lane % 4 * 2;
+    uint32_t column = group() * 256 + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        float whole = quad_sum(state.total[h]), inverse = 1.f / whole;
-        uint32_t at = head + h * 8;
+        float inverse = 1.f / state.total[h];
+        uint32_t at = head() + h * 8;
         if (at >= heads_left) continue;
 #pragma unroll
         for (int i = 0; i < 128; i += 4) {
@@ -214,7 +255,7 @@ __device__ __forceinline__ void write(const State& state, bool alone, uint64_t p
             if (alone) *(uint32_t*)(out + (out_place + at) * LATENT + to) = pack(x, y);
             else *(float2*)(partial + (place + at) * LATENT + to) = {x, y};
         }
-        if (!alone && column == 0) lse[place + at] = state.top[h] * scale + log2f(whole);
+        if (!alone && column == 0) lse[place + at] = state.top[h] * scale + log2f(state.total[h]);
     }
 }
 
@@ -234,7 +275,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const uint32_t* blocks = block_table + (uint64_t)entry_of_row[row] * max_blocks + begin / TILE;
     Split split = {begin, end, (end - begin + TILE - 1) / TILE, blocks};
     uint8_t* panels = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;
-    Ring ring = {panels, panels + BYTES, barriers, barriers + 1, barriers + 3};
+    bf16* probabilities = (bf16*)(panels + 3 * BYTES);
+    float* of_heads = (float*)(probabilities + HEADS * PITCH);
+    Ring ring = {panels, panels + BYTES, probabilities, of_heads, barriers, barriers + 1, barriers + 3};
     if (threadIdx.x == 0) {
         for (int i = 0; i < 3; i++) barrier_init(barriers + i, 1);
         for (int i = 0; i < 2; i++) barrier_init(ring.empty + i, CONSUMERS / 32);

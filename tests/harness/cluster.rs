@@ -17,6 +17,7 @@ pub struct Cluster {
     pub model: String,
     pub gateway: Worker,
     pub router: Worker,
+    pub routers: Vec<Worker>,
     pub workers: Vec<Worker>,
     /// From start to ready.
     pub took: Duration,
@@ -93,6 +94,7 @@ impl Cluster {
             model: ready["model"].as_str().unwrap().to_owned(),
             gateway: Worker::read(&ready["gateway"], "gateway"),
             router: Worker::read(&ready["router"], "router"),
+            routers: ready["routers"].as_array().unwrap().iter().map(|r| Worker::read(r, "")).collect(),
             workers: ready["workers"].as_array().unwrap().iter().map(|w| Worker::read(w, "")).collect(),
             took: began.elapsed(),
             home,

@@ -2,15 +2,19 @@
 
 mod binary;
 mod cluster;
+pub mod deployment;
 #[path = "../../crates/membership/tests/etcd_cluster/mod.rs"]
 pub mod etcd_cluster;
 pub mod golden;
 #[path = "../../services/baton/src/http.rs"]
 mod http;
+pub mod load;
+pub mod network;
 mod pool;
 mod request;
+pub mod table;
 
-pub use binary::{baton, root};
+pub use binary::{baton, baton_failpoints, has_nixl, root};
 pub use cluster::{Cluster, Worker};
 pub use pool::Pool;
 pub use request::{Answer, Ask};

@@ -1,7 +1,7 @@
 //! Real etcd, three servers: one is killed, then a worker, then all of etcd is gone for a while, under load. Nobody who does
 //! not touch a dead worker notices.
 
-use crate::harness::{Ask, Cluster, alone, block_on, etcd_cluster::EtcdCluster, golden, is_proof};
+use crate::harness::{Ask, Cluster, alone, block_on, etcd_cluster::EtcdCluster, golden};
 use rustix::process::Signal;
 use std::{
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -15,7 +15,7 @@ fn etcd_may_lose_a_server_and_then_all_of_them() {
     let mut etcd = EtcdCluster::start(3);
     let endpoints = etcd.endpoints().join(",");
     let cluster = Cluster::up(&["--etcd", &endpoints, "--threads", "1", "--prefill", "2", "--decode", "2"]);
-    let gone = Duration::from_secs(if is_proof("faults") { 60 } else { 12 });
+    let gone = Duration::from_secs(12);
     block_on(async {
         let load = Load::default();
         let break_etcd = async {

@@ -1,5 +1,8 @@
 mod api;
+mod chart;
 mod dependencies;
+mod drain;
+mod fault_table;
 mod faults;
 mod golden;
 mod membership;

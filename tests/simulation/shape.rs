@@ -149,7 +149,7 @@ impl Shape {
                 stalled_ms: 4_000,
                 ..worker::Liveness::default()
             },
-            handoff: worker::Handoff { window_kb: 1, tries: 5 },
+            handoff: worker::Handoff { window_kb: 1, tries: 5, ..worker::Handoff::default() },
             drain_ms: 2_000,
             ..worker::Config::default()
         }

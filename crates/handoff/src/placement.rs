@@ -2,27 +2,7 @@
 //! It keeps that the client is given the first token exactly once, that no second prefill is asked before
 //! decode has fenced the first, and that whatever ends lets go of both sides. Does no I/O and has no clock. A client
 //! that leaves has its placement dropped in whatever state, and both calls with it: each side then frees what it holds.
-//!
-//! | state      | event                        | next       | actions                                              |
-//! |------------|------------------------------|------------|------------------------------------------------------|
-//! | Reserving  | Reserved                     | Prefilling | AskPrefill                                           |
-//! | Reserving  | LocalPrefill                 | Decoding   | — (role both: decode prefills, its tokens are all)   |
-//! | Prefilling | FirstToken                   | same       | First, unless it was given already                   |
-//! | Prefilling | Delivered                    | Delivered  | —                                                    |
-//! | Prefilling, Delivered | Decoding          | Decoding   | First, if prefill never told it                      |
-//! | Prefilling | PrefillLost, tries left      | Advancing  | DropPrefill, Advance                                 |
-//! | Prefilling | PrefillLost, none left or not retryable | Ended | DropPrefill, DropDecode, End(PrefillLost)      |
-//! | Delivered  | PrefillLost                  | Delivered  | — (its work is done)                                 |
-//! | Advancing  | Advanced                     | Prefilling | AskPrefill with what is accepted and what is forced  |
-//! | Advancing  | AlreadyComplete              | Delivered  | —                                                    |
-//! | Advancing  | Decoding                     | Decoding   | First, if prefill never told it                      |
-//! | Decoding   | Token                        | Decoding   | Forward                                              |
-//! | any living | Finished                     | Ended      | DropPrefill, End(Finished)                           |
-//! | any living | Preempted                    | Ended      | DropPrefill, End(Preempted): continue elsewhere      |
-//! | any living | DecodeLost                   | Ended      | DropPrefill, DropDecode, End(DecodeLost)             |
-//! | any living | anything out of its place    | Ended      | DropPrefill, DropDecode, End(Protocol)               |
-//! | any        | message of a prefill given up| same       | —                                                    |
-//! | Ended      | any                          | Ended      | —                                                    |
+//! Its table is in PROTOCOL.md, which a test holds to this code.
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
@@ -106,7 +86,7 @@ pub enum State {
     Ended,
 }
 
-/// One attempt; see the table above.
+/// One attempt; see the table in PROTOCOL.md.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Placement {
     state: State,
@@ -153,6 +133,10 @@ impl Placement {
             return Vec::new();
         }
         match event {
+            // Whoever computed the first token is gone, and nobody told it.
+            Event::Finished if self.state != State::Decoding && self.first.is_none() => {
+                self.end(End::PrefillLost)
+            }
             Event::Finished => self.end(End::Finished),
             Event::Preempted => self.end(End::Preempted),
             Event::DecodeLost => self.end(End::DecodeLost),
@@ -160,9 +144,13 @@ impl Placement {
         }
     }
 
-    /// A prefill that was given up may still be heard; it means nothing any more.
+    /// A prefill that was given up may still be heard, and anything twice; it means nothing any more.
     fn is_stale(&self, event: &Event) -> bool {
         match event {
+            Event::Reserved { .. } => self.state != State::Reserving,
+            Event::Advanced { epoch, .. } => *epoch <= self.epoch,
+            Event::AlreadyComplete => matches!(self.state, State::Delivered | State::Decoding),
+            Event::Decoding { .. } => self.state == State::Decoding,
             Event::FirstToken { epoch, .. }
             | Event::Delivered { epoch }
             | Event::PrefillLost { epoch, .. } => *epoch != self.epoch || !self.prefilling,
@@ -184,8 +172,7 @@ impl Placement {
             (Prefilling, Event::PrefillLost { retryable, .. }) => self.prefill_lost(retryable),
             (Delivered | Decoding, Event::PrefillLost { .. }) => self.release_prefill(),
             (Advancing, Event::Advanced { epoch, accepted }) => self.ask(epoch, accepted),
-            (Advancing, Event::AlreadyComplete) => self.enter(Delivered),
-            (Decoding, Event::AlreadyComplete) => Vec::new(),
+            (Prefilling | Advancing, Event::AlreadyComplete) => self.enter(Delivered),
             (Prefilling | Delivered | Advancing, Event::Decoding { token }) => {
                 self.state = Decoding;
                 self.give(token)

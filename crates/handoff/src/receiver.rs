@@ -3,31 +3,7 @@
 //! block is never written again, that decoding never starts incomplete, and that what is held is freed
 //! exactly once, after the last write into it has landed: until then such a block is quarantined, nobody's.
 //! A write is a copy of bytes that came or a read of the other side's memory; the machine does not know which.
-//!
-//! | state       | event                          | next        | actions                                                |
-//! |-------------|--------------------------------|-------------|--------------------------------------------------------|
-//! | any         | message of another epoch       | same        | Reply(that epoch, Stale)                               |
-//! | Receiving   | Open                           | Receiving   | — (its stream is the one that is watched)              |
-//! | Receiving   | Offer, block missing           | Receiving   | Write                                                  |
-//! | Receiving   | Offer, block being written     | Receiving   | — (answered when the write lands)                      |
-//! | Receiving   | Offer, block accepted          | Receiving   | Reply(Accept)                                          |
-//! | Receiving   | Offer, index out of range      | Receiving   | Reply(OutOfRange)                                      |
-//! | Receiving   | Written                        | Receiving   | Reply(Accept) to the epoch that asked, if still there  |
-//! | Receiving   | Spoiled                        | Receiving   | Reply(Refuse) to the same                              |
-//! | Receiving   | Commit                         | Receiving   | —                                                      |
-//! | Receiving   | … commit and every block here  | Complete    | Reply(Committed), Activate                             |
-//! | Receiving   | Commit, finished               | Closed      | Reply(Committed), Finish, Free                         |
-//! | Receiving   | Advance(current epoch)         | Receiving   | Tell(Advanced): next epoch, accepted blocks kept       |
-//! | Receiving   | Advance(older epoch)           | Receiving   | Tell(Advanced) again                                   |
-//! | Receiving   | Lost, or its stream silent     | Receiving   | Reply(Silent) in the second case; waits for Advance    |
-//! | Receiving   | Tick after the deadline        | Closed      | Expire, Free                                           |
-//! | Receiving   | Cancel                         | Closed      | Reply(Cancelled), Free                                 |
-//! | Receiving   | … closed with a write in flight| Quarantined | Quarantine in place of Free                            |
-//! | Receiving, Quarantined | Tick, a write overdue | same      | Sever                                                  |
-//! | Quarantined | last Written or Spoiled        | Closed      | Free                                                   |
-//! | Complete    | Offer, Commit                  | Complete    | Reply(Accept), Reply(Committed)                        |
-//! | Complete    | Advance                        | Complete    | Tell(AlreadyComplete)                                  |
-//! | Quarantined, Closed | Open, Offer, Commit    | same        | Reply(Cancelled), or Committed if it finished          |
+//! Its table is in PROTOCOL.md, which a test holds to this code.
 
 use std::time::Duration;
 
@@ -161,7 +137,7 @@ pub struct Patience {
     pub landing: Duration,
 }
 
-/// One reservation; see the table above.
+/// One reservation; see the table in PROTOCOL.md.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Receiver {
     state: State,
@@ -270,11 +246,10 @@ impl Receiver {
 
     fn offer(&mut self, index: u32, now: Now) -> Vec<Action> {
         match self.state {
-            State::Receiving => self.open = true,
-            State::Complete => return self.reply(Reply::Accept { index }),
+            State::Receiving => (self.open, self.heard) = (true, now),
+            State::Complete => {}
             State::Quarantined | State::Closed => return self.reply(self.verdict()),
         }
-        self.heard = now;
         match self.blocks.get_mut(index as usize) {
             None => self.reply(Reply::OutOfRange { index }),
             Some(Block::Accepted) => self.reply(Reply::Accept { index }),

@@ -2,22 +2,7 @@
 //! accepted, how many may be under way at once, when to commit. Does no I/O and has no clock. It keeps that
 //! a block is released exactly once, after decode has accepted it, and that a delivery completes only when
 //! decode has said so for all of it. A delivery that nobody wants any more is dropped: decode hears its stream end.
-//!
-//! | state      | event                             | next       | actions                                             |
-//! |------------|-----------------------------------|------------|-----------------------------------------------------|
-//! | Sending    | Computed, decode has it           | Sending    | Release                                             |
-//! | Sending    | Computed                          | Sending    | Read, as far as the window allows                   |
-//! | Sending    | Fetched                           | Sending    | Offer                                               |
-//! | Sending    | FirstToken, finished              | Committing | Commit (no block is needed any more)                |
-//! | Sending    | … first token known, all offered  | Committing | Commit                                              |
-//! | Sending, Committing | Accepted                 | same       | Release, and Read of the next that waits            |
-//! | Sending, Committing | Refused, tries left      | same       | Read again                                          |
-//! | Sending, Committing | Refused, none left       | Failed     | Fail(Refused)                                       |
-//! | Committing | Committed, all accepted or finished | Done     | Complete                                            |
-//! | Sending, Committing | Committed too early      | Failed     | Fail(Protocol)                                      |
-//! | Sending, Committing | Tick after the deadline  | Failed     | Fail(Silent)                                        |
-//! | Sending, Committing | Broken                   | Failed     | Fail(Broken)                                        |
-//! | Done, Failed | any                             | same       | —                                                   |
+//! Its table is in PROTOCOL.md, which a test holds to this code.
 
 use crate::Now;
 use std::{collections::VecDeque, time::Duration};
@@ -102,7 +87,7 @@ pub struct Bounds {
     pub silence: Duration,
 }
 
-/// One delivery; see the table above.
+/// One delivery; see the table in PROTOCOL.md.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Sender {
     state: State,

@@ -1,6 +1,6 @@
 //! Which source of membership a process uses, as it stands in its configuration file.
 
-use crate::{Error, Membership, etcd::Etcd, registry_client::RegistryClient};
+use crate::{Error, EtcdTls, Membership, etcd::Etcd, registry_client::RegistryClient};
 use proto::Dial;
 use serde::{Deserialize, Serialize};
 use std::{sync::Arc, time::Duration};
@@ -13,6 +13,9 @@ pub struct MembershipConfig {
     /// Every endpoint of the etcd cluster: any one of them may die.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub etcd: Vec<String>,
+    /// For endpoints on https.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<EtcdTls>,
     /// gRPC address of the router that serves the registry, when there is no etcd.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registry: Option<String>,
@@ -24,7 +27,7 @@ pub struct MembershipConfig {
 
 impl Default for MembershipConfig {
     fn default() -> Self {
-        Self { etcd: Vec::new(), registry: None, prefix: "baton".into(), lease_ms: 5_000 }
+        Self { etcd: Vec::new(), tls: None, registry: None, prefix: "baton".into(), lease_ms: 5_000 }
     }
 }
 
@@ -48,9 +51,16 @@ impl MembershipConfig {
             ([_, ..], Some(_)) => return Err(Error::Source("both are set")),
             _ => {}
         }
-        for url in self.etcd.iter().chain(&self.registry) {
-            endpoint(url)?;
+        for url in &self.etcd {
+            match &self.tls {
+                Some(_) => endpoint(url, "https://")?,
+                None => endpoint(url, "http://")?,
+            };
         }
+        if let Some(url) = &self.registry {
+            endpoint(url, "http://")?;
+        }
+        self.check_tls()?;
         if !(1_000..=300_000).contains(&self.lease_ms) {
             return Err(Error::Lease(self.lease_ms));
         }
@@ -59,6 +69,16 @@ impl MembershipConfig {
         }
         Ok(())
     }
+
+    fn check_tls(&self) -> Result<(), Error> {
+        match &self.tls {
+            Some(_) if self.etcd.is_empty() => {
+                Err(Error::Tls("is set, but it is for etcd, and `etcd` is not"))
+            }
+            Some(tls) => tls.check(),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A client of the configured source. Connects lazily and for ever: an absent source is not an error.
@@ -66,19 +86,22 @@ pub fn connect(config: MembershipConfig) -> Result<Arc<dyn Membership>, Error> {
     config.check()?;
     match &config.registry {
         Some(url) => registry(url, Dial::default()),
-        None => Ok(Arc::new(Etcd::new(&config))),
+        None => {
+            config.tls.as_ref().map(EtcdTls::read).transpose()?;
+            Ok(Arc::new(Etcd::new(&config)))
+        }
     }
 }
 
 /// A client of the registry at `url`, reached by `dial`.
 pub fn registry(url: &str, dial: Dial) -> Result<Arc<dyn Membership>, Error> {
-    Ok(Arc::new(RegistryClient::new(endpoint(url)?, dial)))
+    Ok(Arc::new(RegistryClient::new(endpoint(url, "http://")?, dial)))
 }
 
-fn endpoint(url: &str) -> Result<Endpoint, Error> {
-    let wrong = |reason: String| Error::Url { url: url.into(), reason };
-    if !url.starts_with("http://") {
-        return Err(wrong("no http:// in front".into()));
+fn endpoint(url: &str, scheme: &'static str) -> Result<Endpoint, Error> {
+    let wrong = |reason: String| Error::Url { url: url.into(), scheme, reason };
+    if !url.starts_with(scheme) {
+        return Err(wrong(format!("no {scheme} in front")));
     }
     Endpoint::from_shared(url.to_owned()).map_err(|error| wrong(error.to_string()))
 }
@@ -102,6 +125,10 @@ mod tests {
             ("{}", "neither is set"),
             (r#"{"etcd": ["http://a:1"], "registry": "http://b:1"}"#, "both are set"),
             (r#"{"etcd": ["a:2379"]}"#, "`a:2379` is not an http:// URL"),
+            (r#"{"etcd": ["https://a:2379"]}"#, "for https:// set tls"),
+            (r#"{"etcd": ["http://a:2379"], "tls": {"ca": "c"}}"#, "is not an https:// URL"),
+            (r#"{"etcd": ["https://a:1"], "tls": {"ca": "c", "cert": "d"}}"#, "needs both"),
+            (r#"{"registry": "http://b:1", "tls": {"ca": "c"}}"#, "it is for etcd"),
             (r#"{"registry": "http://b:1", "lease_ms": 5}"#, "lease_ms = 5 is out of range"),
             (r#"{"etcd": ["http://a:1"], "prefix": "a/b"}"#, "prefix `a/b`"),
             (r#"{"registri": "http://b:1"}"#, "unknown field `registri`"),

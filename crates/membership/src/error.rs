@@ -1,6 +1,6 @@
 //! What can go wrong. Only wrong configuration reaches callers; the rest is retried and logged.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -9,8 +9,15 @@ pub enum Error {
          `registry` (the URL of a router); {0}"
     )]
     Source(&'static str),
-    #[error("membership: `{url}` is not an http:// URL ({reason}); write it as http://host:port")]
-    Url { url: String, reason: String },
+    #[error(
+        "membership: `{url}` is not an {scheme} URL ({reason}); write it as {scheme}host:port{}",
+        if url.starts_with("https://") { "; for https:// set tls" } else { "" }
+    )]
+    Url { url: String, scheme: &'static str, reason: String },
+    #[error("membership: tls: {0}")]
+    Tls(&'static str),
+    #[error("membership: tls: {} cannot be used ({reason}); give a PEM file", path.display())]
+    Pem { path: PathBuf, reason: String },
     #[error("membership: lease_ms = {0} is out of range; choose 1000 to 300000 milliseconds")]
     Lease(u64),
     #[error("membership: prefix `{0}` must not be empty nor contain '/'")]

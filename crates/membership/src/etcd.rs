@@ -7,6 +7,7 @@
 
 mod endpoints;
 mod holder;
+mod tls;
 mod watcher;
 
 use crate::{Membership, MembershipConfig, Registration, View, retry::Link, roster::Roster};
@@ -17,6 +18,7 @@ use std::{
     sync::{Arc, OnceLock},
     time::Duration,
 };
+pub use tls::EtcdTls;
 use tokio::{sync::watch, task::JoinHandle};
 use watcher::Watcher;
 
@@ -34,7 +36,7 @@ impl Etcd {
     pub fn new(config: &MembershipConfig) -> Self {
         let ttl = Duration::from_secs(config.lease_ms.div_ceil(1000));
         Self {
-            endpoints: Arc::new(Endpoints::new(config.etcd.clone(), ttl)),
+            endpoints: Arc::new(Endpoints::new(config.etcd.clone(), config.tls.clone(), ttl)),
             prefix: format!("/{}/members/", config.prefix),
             ttl,
             view: watch::Sender::default(),

@@ -14,6 +14,8 @@ mod memory;
 mod registry;
 #[path = "contract/suite.rs"]
 mod suite;
+#[path = "contract/tls.rs"]
+mod tls;
 
 /// Each part of the suite is a test of its own, on a source of its own.
 macro_rules! contract {

@@ -14,6 +14,8 @@ pub struct Metrics {
     pub prompt_tokens: Counter,
     pub completion_tokens: Counter,
     pub cached_prompt_tokens: Counter,
+    /// Answers that another router went on with.
+    pub resumed: Counter,
 }
 
 impl Metrics {
@@ -27,6 +29,7 @@ impl Metrics {
             prompt_tokens: Counter::default(),
             completion_tokens: Counter::default(),
             cached_prompt_tokens: Counter::default(),
+            resumed: Counter::default(),
         };
         metrics.register(registry);
         metrics
@@ -50,6 +53,7 @@ impl Metrics {
         registry.register("baton_inter_token_latency_seconds", "Between tokens sent", m.inter_token_latency);
         registry.register("baton_request_seconds", "From request to last byte", m.request_seconds);
         registry.register("baton_prompt_tokens", "Prompt tokens of served requests", m.prompt_tokens);
+        registry.register("baton_gateway_resumed", "Answers that another router went on with", m.resumed);
         registry.register("baton_completion_tokens", "Tokens generated", m.completion_tokens);
         registry.register(
             "baton_cached_prompt_tokens",

@@ -12,10 +12,9 @@ pub mod worker;
 
 pub use admin::Readiness;
 pub use log::init;
-pub use prometheus_client::registry::Registry;
+pub use prometheus_client::{metrics::counter::Counter, registry::Registry};
 
 use prometheus_client::metrics::{
-    counter::Counter,
     family::{Family, MetricConstructor},
     gauge::Gauge,
     histogram::Histogram,

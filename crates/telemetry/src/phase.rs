@@ -43,6 +43,7 @@ mod held {
 mod held {
     use super::{Phase, Router};
     use axum::{Json, extract::Path, http::StatusCode, routing::get};
+    use serde_json::Value;
     use std::sync::{
         LazyLock,
         atomic::{AtomicU32, Ordering},
@@ -85,9 +86,9 @@ mod held {
         Router::new().route("/debug/phases", get(waiting)).route("/debug/phases/{name}", one)
     }
 
-    async fn waiting() -> Json<serde_json::Value> {
-        let counts = PHASES.map(|(name, phase)| (name, WAITING[phase as usize].load(Ordering::Relaxed)));
-        Json(counts.into_iter().map(|(name, count)| (name.to_owned(), count.into())).collect())
+    async fn waiting() -> Json<Value> {
+        let count = |phase: Phase| Value::from(WAITING[phase as usize].load(Ordering::Relaxed));
+        Json(PHASES.iter().map(|(name, phase)| ((*name).to_owned(), count(*phase))).collect())
     }
 
     fn hold(Path(name): Path<String>, held: bool) -> (StatusCode, String) {

@@ -84,13 +84,16 @@ pub fn attend_absorbed(
 }
 
 /// The kernel for so many heads. Shared memory: queries, two tiles of the cache; below 64 heads also probabilities, maxima and
-/// sums of 128 (row, warp) pairs, else what begins at a multiple of 1024.
+/// sums of 128 (row, warp) pairs, else those of 64 heads, and what begins at a multiple of 1024.
 fn absorbed_kernel(heads: u32, splits: u32, rows: u32) -> (&'static str, Grid) {
     let few = |tile| 2 * (tile * WIDTH + 2 * TILE * WIDTH + tile * TILE) + 2 * 128 * 4;
     let (name, tile, threads, shared) = match heads {
         ..=16 => ("attend_absorbed_16", 16, 256, few(16)),
         17..=32 => ("attend_absorbed_32", 32, 256, few(32)),
-        _ => ("attend_absorbed_64", 64, 256 + 128, 2 * 3 * TILE * WIDTH + 1024),
+        _ => {
+            let probabilities = 2 * 64 * (TILE + 8) + 2 * 64 * 4;
+            ("attend_absorbed_64", 64, 256 + 128, 2 * 3 * TILE * WIDTH + probabilities + 1024)
+        }
     };
     (name, Grid::new([heads.div_ceil(tile), splits, rows], threads).shared(shared))
 }

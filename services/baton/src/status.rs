@@ -26,7 +26,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn fetch(url: &str) -> anyhow::Result<Value> {
+pub async fn fetch(url: &str) -> anyhow::Result<Value> {
     let (status, body) = Client::new(url)?.get("/status").await.context("is the cluster up? (baton up)")?;
     if !status.is_success() {
         bail!("{url}/status answered {status}: {}", String::from_utf8_lossy(&body).trim());

@@ -24,6 +24,9 @@ pub struct Args {
     /// Workers that do both, without a hand-off
     #[arg(long, value_name = "N", default_value_t = 0)]
     both: usize,
+    /// Routers; more than one need --etcd, as the membership lives in the router otherwise
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    routers: usize,
     /// Address of the gateway; anything but loopback is reachable from outside
     #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
     host: IpAddr,
@@ -33,6 +36,9 @@ pub struct Args {
     /// What computes: cpu, cuda (Hopper GPUs, in a binary built with the feature cuda), or sim (nothing: times and answers are simulated)
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     backend: String,
+    /// How KV blocks get from prefill to decode: grpc, or nixl (in a binary built with the feature rdma)
+    #[arg(long, value_name = "NAME", default_value = "grpc")]
+    transport: crate::serve::Transport,
     /// Keep the membership in this etcd instead of in the router
     #[arg(long, value_name = "URL,URL", value_delimiter = ',')]
     etcd: Vec<String>,
@@ -84,6 +90,12 @@ fn check(args: &Args) -> anyhow::Result<()> {
             "--prefill {} --decode {}: a request needs at least one of each, or --both 1",
             args.prefill,
             args.decode
+        );
+    }
+    if args.routers == 0 || args.routers > 1 && args.etcd.is_empty() {
+        bail!(
+            "--routers {}: at least one, and --etcd URL for more than one to see the same members",
+            args.routers
         );
     }
     if !worker::BACKENDS.contains(&args.backend.as_str()) {

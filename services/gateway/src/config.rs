@@ -73,6 +73,8 @@ pub struct Timeouts {
     pub connect_ms: u64,
     /// A router that sends no event, not even a heartbeat, for this long is lost.
     pub silence_ms: u64,
+    /// A router lost in the middle of an answer: how long to look for one that goes on with it.
+    pub resume_ms: u64,
     /// A client that takes nothing of its stream for this long is given up.
     pub stalled_client_ms: u64,
     /// What `retry-after` says with a 503.
@@ -127,6 +129,7 @@ impl Default for Timeouts {
             queue_ms: 0,
             connect_ms: 2_000,
             silence_ms: 10_000,
+            resume_ms: 10_000,
             stalled_client_ms: 60_000,
             retry_after_ms: 1_000,
             drain_ms: 5_000,

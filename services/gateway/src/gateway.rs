@@ -43,7 +43,8 @@ impl Gateway {
     ) -> Result<Self, Error> {
         config.check().map_err(Error::Config)?;
         let model = Arc::new(Model::load(&config.model_dir, config.max_context)?);
-        let upstream = Arc::new(Upstream::new(&config.routers, &config.timeouts, dial)?);
+        let upstream =
+            Arc::new(Upstream::new(&config.routers, &config.timeouts, dial, metrics.resumed.clone())?);
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Ok(Gateway {
             names: names(&config),

@@ -1,5 +1,6 @@
 //! The router's configuration: one TOML file, read once at start. Durations are milliseconds.
 
+use membership::EtcdTls;
 use serde::Deserialize;
 use std::{net::SocketAddr, time::Duration};
 
@@ -12,6 +13,8 @@ pub struct Config {
     pub admin: SocketAddr,
     /// Every endpoint of the etcd cluster that holds the membership; empty: the registry is served here.
     pub etcd: Vec<String>,
+    /// For endpoints on https: PEM files `ca`, and `cert` and `key` if etcd asks for a client certificate.
+    pub etcd_tls: Option<EtcdTls>,
     /// Name of this cluster among others in the same etcd.
     pub prefix: String,
     /// Silence after which a member is gone.
@@ -87,6 +90,7 @@ impl Default for Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 7700)),
             admin: SocketAddr::from(([127, 0, 0, 1], 7701)),
             etcd: Vec::new(),
+            etcd_tls: None,
             prefix: "baton".into(),
             lease_ms: 5_000,
             drain_ms: 5_000,
@@ -143,6 +147,11 @@ impl Config {
             ("members.probe_ms", self.members.probe_ms),
             ("members.connections", self.members.connections as u64),
         ];
+        if self.etcd_tls.is_some() && self.etcd.is_empty() {
+            return Err(
+                "etcd_tls is set, but etcd is empty; list etcd's endpoints, or leave etcd_tls out".into()
+            );
+        }
         match positive.iter().find(|(_, value)| *value == 0) {
             Some((name, _)) => Err(format!("{name} is 0, but must be at least 1")),
             None => Ok(()),

@@ -137,7 +137,9 @@ impl<'a> Placed<'a> {
         }
         match event.event {
             Some(Decode::Token(token)) => self.judge(token, |_| Event::Token).await,
-            Some(Decode::Finished(finished)) => self.decode_finished(finished).await,
+            Some(Decode::Finished(DecodeFinished { reason, stop_token })) => {
+                self.finish(Finished { reason, stop_token }).await
+            }
             Some(Decode::Reserved(reserved)) => {
                 let (reservation, epoch, present) =
                     (reserved.reservation, reserved.epoch, reserved.blocks_present);
@@ -167,13 +169,6 @@ impl<'a> Placed<'a> {
             Some(Decode::Preempted(_)) => self.tell(Event::Preempted).await,
             Some(Decode::Heartbeat(_) | Decode::Error(_)) | None => Ok(()),
         }
-    }
-
-    async fn decode_finished(&mut self, finished: DecodeFinished) -> Result<(), Ending> {
-        if !self.here && self.machine.first().is_none() {
-            return Err(Ending::Elsewhere("prefill_lost"));
-        }
-        self.finish(Finished { reason: finished.reason, stop_token: finished.stop_token }).await
     }
 
     async fn finish(&mut self, finished: Finished) -> Result<(), Ending> {

@@ -81,7 +81,8 @@ async fn a_refused_reservation_is_tried_elsewhere_and_again() {
 
 #[tokio::test]
 async fn a_prefill_lost_before_the_first_token_is_replaced_on_the_same_reservation() {
-    for script in [P::DieBeforeFirst, P::Silent, P::Fail(ErrorCode::Internal)] {
+    let failed = [ErrorCode::Internal, ErrorCode::Digest].map(P::Fail);
+    for script in [P::DieBeforeFirst, P::Silent].into_iter().chain(failed) {
         let bench = whole(&TWO_PAIRS, &[], &[script]).await;
         let expected = [("p1".into(), 1, vec![], None), ("p2".into(), 2, vec![1], None)];
         assert_eq!(prefills(&bench), expected, "{script:?}");

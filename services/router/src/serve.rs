@@ -138,8 +138,8 @@ impl Source {
         if config.etcd.is_empty() {
             return Ok(Source::Registry(RegistryServer::new(ms(config.lease_ms))));
         }
-        let (etcd, prefix, lease_ms) = (config.etcd.clone(), config.prefix.clone(), config.lease_ms);
-        let config = MembershipConfig { etcd, prefix, lease_ms, ..MembershipConfig::default() };
+        let (etcd, tls, prefix) = (config.etcd.clone(), config.etcd_tls.clone(), config.prefix.clone());
+        let config = MembershipConfig { etcd, tls, prefix, lease_ms: config.lease_ms, registry: None };
         Ok(Source::Outside(membership::connect(config)?))
     }
 

@@ -10,6 +10,7 @@ mod decode;
 mod deliveries;
 mod error;
 pub mod handoff_speed;
+mod health;
 mod leave;
 mod load;
 pub mod measure;
@@ -22,7 +23,7 @@ mod serve;
 mod shared;
 pub mod simulated;
 
-pub use config::{BACKENDS, Config, GPU_SHARE, Handoff, Liveness, LoadFormat, Role};
+pub use config::{BACKENDS, Config, GPU_SHARE, Handoff, Liveness, LoadFormat, Role, Transport};
 pub use convert::Bounds;
 pub use error::Error;
 pub use load::{Loaded, OnStep, engine_config, loaded};

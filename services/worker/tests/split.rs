@@ -1,16 +1,14 @@
 //! Prefill and decode as two workers with the demo model: the answers of one worker, and nothing left behind.
 
 mod fixture;
+mod integrity;
 
 use fixture::*;
 use proto::{
-    DeliverMessage, DeliverReply, ErrorCode, FinishReason, Member, Sequence, Token,
-    decode_event::Event as Decode, deliver_message::Message, handoff_server, prefill_event::Event as Prefill,
+    ErrorCode, FinishReason, Member, Sequence, Token, decode_event::Event as Decode,
+    prefill_event::Event as Prefill,
 };
 use std::time::Duration;
-use tokio::net::TcpListener;
-use tokio_stream::{StreamExt, wrappers::TcpListenerStream};
-use tonic::{Request, Response, Status, Streaming};
 use worker::Role;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -113,64 +111,6 @@ async fn a_lost_prefill_is_fenced_and_another_goes_on_from_what_was_accepted() {
     }
 }
 
-/// Stands between prefill and decode and damages one byte of the first two offers.
-#[derive(Clone)]
-struct Damage(Member);
-
-#[tonic::async_trait]
-impl handoff_server::Handoff for Damage {
-    type DeliverStream = Streaming<DeliverReply>;
-
-    async fn deliver(
-        &self,
-        request: Request<Streaming<DeliverMessage>>,
-    ) -> Result<Response<Self::DeliverStream>, Status> {
-        let mut offers = 0;
-        let messages = request.into_inner().filter_map(move |message| {
-            let mut message = message.ok()?;
-            if let Some(Message::Offer(offer)) = &mut message.message {
-                offers += 1;
-                if offers <= 2 {
-                    let mut bytes = offer.payload.to_vec();
-                    bytes[offers * 100] ^= 1;
-                    offer.payload = bytes.into();
-                }
-            }
-            Some(message)
-        });
-        handoff_client(&self.0).await.deliver(messages).await
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn damaged_bytes_are_refused_and_sent_again() {
-    let cluster = Cluster::start().await;
-    let [prefill, decode] = cluster.workers([Role::Prefill, Role::Decode]).await;
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let between =
-        Member { address: format!("http://{}", listener.local_addr().unwrap()), ..decode.member.clone() };
-    let damage = handoff_server::HandoffServer::new(Damage(decode.member.clone()))
-        .max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
-    let server = handoff::transport::server().add_service(damage);
-    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-    let (prompt, expected) = golden().swap_remove(40);
-    let sequence = sequence(&prompt, 100);
-    let mut decoding = generate(&decode.member, &sequence, false).await;
-    let reserved = decoding.reserved().await;
-    let request = prefill_request(&sequence, &between, &reserved);
-    let mut prefilling = fixture::prefill(&prefill.member, request).await;
-    let (prefilled, (rest, _)) = tokio::join!(prefilling.end(), decoding.rest());
-    let prefilled = prefilled.unwrap();
-    let payload = 5 * 576 * 4 * prompt.len() as u64;
-    assert!(prefilled.delivered.bytes > payload, "something was sent again");
-    let ids: Vec<_> = prefilled.first.iter().chain(&rest).map(|token| token.id).collect();
-    assert_eq!(ids, expected);
-    let line = format!("baton_handoff_bytes_total{{transport=\"grpc\"}} {payload}");
-    assert!(decode.get("/metrics").await.contains(&line), "what was accepted is counted once");
-    prefill.assert_idle().await;
-    decode.assert_idle().await;
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn leaving_in_any_phase_leaves_nothing_behind() {
     let cluster = Cluster::start().await;
@@ -200,7 +140,7 @@ async fn leaving_in_any_phase_leaves_nothing_behind() {
                 drop(decoding);
                 let error = prefilling.end().await.expect_err("nobody takes the blocks");
                 assert!(
-                    matches!(error.code(), ErrorCode::Cancelled | ErrorCode::UnknownReservation),
+                    matches!(error.code(), ErrorCode::PeerLost | ErrorCode::UnknownReservation),
                     "{error}"
                 );
             }
@@ -342,6 +282,41 @@ async fn draining_finishes_what_runs_and_takes_nothing_new() {
     assert_eq!(tokens.iter().map(|token| token.id).collect::<Vec<_>>(), expected);
     both.ended().await.unwrap();
     assert!(matches!(refused, None | Some(ErrorCode::Draining)), "{refused:?}");
+}
+
+/// What runs too long goes on elsewhere; what is computed and on offer is still delivered.
+#[tokio::test(flavor = "multi_thread")]
+async fn draining_moves_what_lasts_too_long() {
+    let cluster = Cluster::start().await;
+    let mut impatient = cluster.config(Role::Both);
+    impatient.drain_ms = 50;
+    let mut both = cluster.launch(impatient).await;
+    let mut unending = sequence(&long_prompt(30), 1900);
+    unending.stop.as_mut().unwrap().ignore_eos = true;
+    let mut running = generate(&both.member, &unending, true).await;
+    while !matches!(running.next().await, Decode::Token(_)) {}
+    both.tell_to_stop();
+    let error = loop {
+        match running.next().await {
+            Decode::Token(_) => {}
+            Decode::Error(error) => break error,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(error.code(), ErrorCode::Draining, "{error}");
+    both.ended().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_incarnation_that_is_meant_takes_work() {
+    let cluster = Cluster::start().await;
+    let both = cluster.worker(Role::Both).await;
+    let former = Member { id: "both-former".into(), ..both.member.clone() };
+    let Decode::Error(error) = generate(&former, &sequence(&[5, 6], 3), true).await.next().await else {
+        panic!("must be refused")
+    };
+    assert_eq!(error.code(), ErrorCode::Draining);
+    assert!(error.message.contains("member both-former has left this address"), "{error}");
 }
 
 /// The code of the refusal, if the worker still answers.

@@ -2,6 +2,7 @@
 //! endpoints, but gives a call to a dead one and does not try it elsewhere; so here is one client per
 //! endpoint, and each call goes to the endpoint that answered last, then to the others.
 
+use super::EtcdTls;
 use crate::{Error, retry::random_below};
 use etcd_client::{Client, ConnectOptions};
 use std::{
@@ -20,6 +21,7 @@ pub(crate) struct Endpoints {
     endpoints: Vec<Endpoint>,
     /// Index of the one that answered last.
     good: AtomicUsize,
+    tls: Option<EtcdTls>,
     /// For one call on one endpoint, connecting included.
     timeout: Duration,
 }
@@ -32,12 +34,13 @@ struct Endpoint {
 impl Endpoints {
     /// Calls are bounded so that all endpoints can be tried twice within one lease of `ttl`.
     /// The first is chosen at random, so that processes spread over the endpoints.
-    pub fn new(urls: Vec<String>, ttl: Duration) -> Self {
+    pub fn new(urls: Vec<String>, tls: Option<EtcdTls>, ttl: Duration) -> Self {
         let share = ttl / (2 * urls.len().max(1) as u32);
         let endpoints: Vec<_> =
             urls.into_iter().map(|url| Endpoint { url, client: Mutex::default() }).collect();
         Self {
             good: AtomicUsize::new(random_below(endpoints.len())),
+            tls,
             timeout: share.clamp(Duration::from_millis(200), Duration::from_secs(1)),
             endpoints,
         }
@@ -68,29 +71,32 @@ impl Endpoints {
     where
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
-        let attempt = async { request(endpoint.client(self.timeout).await?).await };
+        let attempt = async { Ok(request(self.client(endpoint).await?).await?) };
         match time::timeout(self.timeout, attempt).await {
-            Ok(answer) => Ok(answer?),
+            Ok(answer) => answer,
             Err(_) => {
                 endpoint.forget();
                 Err(Error::Silent(self.timeout))
             }
         }
     }
-}
 
-impl Endpoint {
     /// Connects with the first call.
-    async fn client(&self, timeout: Duration) -> Result<Client, etcd_client::Error> {
-        if let Some(client) = self.slot().clone() {
+    async fn client(&self, endpoint: &Endpoint) -> Result<Client, Error> {
+        if let Some(client) = endpoint.slot().clone() {
             return Ok(client);
         }
         // An endpoint cut off from its cluster must not pretend to watch.
-        let options = ConnectOptions::new().with_connect_timeout(timeout).with_require_leader(true);
-        let client = Client::connect([&self.url], Some(options)).await?;
-        Ok(self.slot().insert(client).clone())
+        let mut options = ConnectOptions::new().with_connect_timeout(self.timeout).with_require_leader(true);
+        if let Some(tls) = &self.tls {
+            options = options.with_tls(tls.read()?);
+        }
+        let client = Client::connect([&endpoint.url], Some(options)).await?;
+        Ok(endpoint.slot().insert(client).clone())
     }
+}
 
+impl Endpoint {
     /// The connection swallows requests: the next call opens a new one.
     fn forget(&self) {
         self.slot().take();

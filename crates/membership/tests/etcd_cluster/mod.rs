@@ -7,7 +7,7 @@ use std::{
     env,
     fs::File,
     io::{self, Read, Write},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -24,7 +24,16 @@ pub struct EtcdCluster {
     dir: TempDir,
 }
 
+/// Where a server runs.
+#[derive(Clone)]
+pub struct Place {
+    pub ip: String,
+    /// What to put before its command, to run it there.
+    pub exec: Vec<String>,
+}
+
 struct Server {
+    place: Place,
     client_port: u16,
     peer_port: u16,
     process: Option<Child>,
@@ -36,17 +45,24 @@ impl EtcdCluster {
         let binary = find_etcd();
         // Somebody may take a port between its choice and its use: then choose again.
         for _ in 0..3 {
-            let mut cluster = Self {
-                servers: choose_ports(servers),
-                binary: binary.clone(),
-                dir: TempDir::new().expect("a temporary directory"),
-            };
-            cluster.start_all();
-            if cluster.wait_until_ready() {
+            if let Some(cluster) = Self::try_start(choose_ports(servers), binary.clone()) {
                 return cluster;
             }
         }
         panic!("etcd ({}) does not start here", binary.display());
+    }
+
+    /// One server in each place, which has its ports for itself.
+    pub fn start_in(places: Vec<Place>) -> Self {
+        let server = |place| Server { place, client_port: 2379, peer_port: 2380, process: None };
+        let servers = places.into_iter().map(server).collect();
+        Self::try_start(servers, find_etcd()).expect("etcd starts in each place")
+    }
+
+    fn try_start(servers: Vec<Server>, binary: PathBuf) -> Option<Self> {
+        let mut cluster = Self { servers, binary, dir: TempDir::new().expect("a temporary directory") };
+        cluster.start_all();
+        cluster.wait_until_ready().then_some(cluster)
     }
 
     pub fn len(&self) -> usize {
@@ -55,7 +71,7 @@ impl EtcdCluster {
 
     /// Client URLs of all servers, dead or alive.
     pub fn endpoints(&self) -> Vec<String> {
-        let url = |server: &Server| format!("http://127.0.0.1:{}", server.client_port);
+        let url = |server: &Server| format!("http://{}:{}", server.place.ip, server.client_port);
         self.servers.iter().map(url).collect()
     }
 
@@ -121,7 +137,7 @@ impl EtcdCluster {
             .servers
             .iter()
             .enumerate()
-            .map(|(at, server)| format!("s{at}=http://127.0.0.1:{}", server.peer_port))
+            .map(|(at, server)| format!("s{at}=http://{}:{}", server.place.ip, server.peer_port))
             .collect();
         let peers = peers.join(",");
         for (at, server) in self.servers.iter_mut().enumerate() {
@@ -157,14 +173,17 @@ impl Drop for EtcdCluster {
 
 impl Server {
     fn spawn(&self, binary: &Path, at: usize, dir: &Path, peers: &str) -> Child {
-        let client = format!("http://127.0.0.1:{}", self.client_port);
-        let peer = format!("http://127.0.0.1:{}", self.peer_port);
+        let client = format!("http://{}:{}", self.place.ip, self.client_port);
+        let peer = format!("http://{}:{}", self.place.ip, self.peer_port);
         let log = File::options()
             .create(true)
             .append(true)
             .open(dir.join(format!("s{at}.log")))
             .expect("a log file");
-        Command::new(binary)
+        let binary = binary.to_str().expect("a path of plain text").to_owned();
+        let mut command = self.place.exec.iter().chain([&binary]);
+        Command::new(command.next().expect("the binary at least"))
+            .args(command)
             .args(["--name", &format!("s{at}")])
             .arg("--data-dir")
             .arg(dir.join(format!("s{at}")))
@@ -204,7 +223,8 @@ impl Server {
 
     /// etcd's HTTP face, so that this file needs no gRPC client.
     fn http(&self, method: &str, path: &str, body: &str) -> io::Result<String> {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.client_port));
+        let ip: IpAddr = self.place.ip.parse().expect("an address");
+        let address = SocketAddr::from((ip, self.client_port));
         let timeout = Duration::from_secs(2);
         let mut stream = TcpStream::connect_timeout(&address, timeout)?;
         stream.set_read_timeout(Some(timeout))?;
@@ -233,12 +253,16 @@ fn choose_ports(servers: usize) -> Vec<Server> {
     let bind = |_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
     let held: Vec<_> = (0..2 * servers).map(bind).collect();
     let port = |listener: &TcpListener| listener.local_addr().expect("a bound port").port();
-    held.chunks(2)
-        .map(|pair| Server { client_port: port(&pair[0]), peer_port: port(&pair[1]), process: None })
-        .collect()
+    let server = |pair: &[TcpListener]| Server {
+        place: Place { ip: Ipv4Addr::LOCALHOST.to_string(), exec: Vec::new() },
+        client_port: port(&pair[0]),
+        peer_port: port(&pair[1]),
+        process: None,
+    };
+    held.chunks(2).map(server).collect()
 }
 
-fn find_etcd() -> PathBuf {
+pub fn find_etcd() -> PathBuf {
     if let Some(path) = env::var_os("BATON_ETCD_BIN") {
         return path.into();
     }

@@ -17,7 +17,8 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 /// Longest wait after SIGTERM. Services drain for less.
 const STOP: Duration = Duration::from_millis(8_500);
-/// A worker that dies is started again so many times, after a pause that doubles; one that lived for long begins anew.
+/// A worker or router that dies is started again so many times, after a pause that doubles; one that lived for long
+/// begins anew.
 const RESTARTS: u32 = 5;
 const LONG: Duration = Duration::from_secs(60);
 
@@ -26,13 +27,14 @@ pub struct Cluster {
     model: PathBuf,
     name: String,
     logs: Option<PathBuf>,
-    router: Option<Child>,
+    routers: Vec<Service>,
     gateway: Option<Child>,
-    workers: Vec<Worker>,
+    workers: Vec<Service>,
     ready: bool,
 }
 
-struct Worker {
+/// A service that is started again when it ends.
+struct Service {
     role: &'static str,
     child: Child,
     since: Instant,
@@ -46,25 +48,28 @@ impl Cluster {
             None => (demo::directory()?, demo::NAME.to_owned()),
         };
         let logs = (!args.verbose).then(|| log_directory(args.logs.as_deref())).transpose()?;
-        let (router, gateway, workers) = (None, None, Vec::new());
-        Ok(Cluster { args, model, name, logs, router, gateway, workers, ready: false })
+        let (routers, gateway, workers) = (Vec::new(), None, Vec::new());
+        Ok(Cluster { args, model, name, logs, routers, gateway, workers, ready: false })
     }
 
     /// Starts everything and waits until a request would succeed.
     pub async fn start(&mut self, patience: Duration) -> anyhow::Result<()> {
         let deadline = Instant::now() + patience;
-        let mut router = self.child("router", self.router_arguments())?;
-        router.listening(patience).await?;
-        let address = router.addresses.grpc.clone();
-        self.router = Some(router);
+        for number in 1..=self.args.routers {
+            let name = if self.args.routers == 1 { "router".into() } else { format!("router-{number}") };
+            let mut child = self.child(&name, self.router_arguments(None))?;
+            child.listening(patience).await?;
+            self.routers.push(Service::new("router", child));
+        }
+        let address = self.router_addresses().swap_remove(0);
         let roles = [("prefill", self.args.prefill), ("decode", self.args.decode), ("both", self.args.both)];
         for (role, count) in roles {
             for number in 1..=count {
                 let child = self.child(&format!("{role}-{number}"), self.worker_arguments(role, &address))?;
-                self.workers.push(Worker { role, child, since: Instant::now(), restarts: 0 });
+                self.workers.push(Service::new(role, child));
             }
         }
-        self.gateway = Some(self.child("gateway", self.gateway_arguments(&address))?);
+        self.gateway = Some(self.child("gateway", self.gateway_arguments())?);
         let children = self.workers.iter_mut().map(|worker| &mut worker.child).chain(&mut self.gateway);
         for listening in join_all(children.map(|child| child.listening(patience))).await {
             listening?;
@@ -78,19 +83,17 @@ impl Cluster {
         self.ready
     }
 
-    /// Restarts workers that die. Ends with an error when gateway or router dies, or a worker too often.
+    /// Starts again what ends. Ends with an error when the gateway dies, or another service too often.
     pub async fn watch(&mut self) -> anyhow::Error {
         loop {
-            let mut services: Vec<&mut Child> = self.router.iter_mut().chain(&mut self.gateway).collect();
-            let core = services.len();
-            services.extend(self.workers.iter_mut().map(|worker| &mut worker.child));
-            let waits = services.into_iter().map(|child| Box::pin(child.died()));
-            let (error, index, _) = select_all(waits).await;
-            if index < core {
-                return error;
-            }
-            eprintln!("baton up: {error}");
-            if let Err(error) = self.restart(index - core).await {
+            let gateway = self.gateway.as_mut().expect("there is one once all is ready");
+            let services = self.routers.iter_mut().chain(&mut self.workers);
+            let waits = services.map(|service| Box::pin(service.child.wait()));
+            let (index, left) = tokio::select! {
+                error = gateway.died() => return error,
+                (status, index, _) = select_all(waits) => (index, status.is_ok_and(|status| status.success())),
+            };
+            if let Err(error) = self.restart(index, left).await {
                 return error;
             }
         }
@@ -102,7 +105,8 @@ impl Cluster {
         let mut first: Vec<&mut Child> = self.gateway.iter_mut().collect();
         first.extend(self.workers.iter_mut().map(|worker| &mut worker.child));
         end(first, deadline - Duration::from_millis(500)).await;
-        end(self.router.iter_mut().collect(), deadline + Duration::from_secs(1)).await;
+        let routers = self.routers.iter_mut().map(|router| &mut router.child).collect();
+        end(routers, deadline + Duration::from_secs(1)).await;
     }
 
     pub fn announce(&self, json: bool) {
@@ -112,23 +116,33 @@ impl Cluster {
         }
     }
 
-    async fn restart(&mut self, index: usize) -> anyhow::Result<()> {
-        let worker = &mut self.workers[index];
-        if worker.since.elapsed() > LONG {
-            worker.restarts = 0;
+    fn service(&mut self, index: usize) -> &mut Service {
+        self.routers.iter_mut().chain(&mut self.workers).nth(index).expect("an index of this very list")
+    }
+
+    /// `left`: it was drained, and has not failed. A router comes back where it was: gateway and workers know it there.
+    async fn restart(&mut self, index: usize, left: bool) -> anyhow::Result<()> {
+        let service = self.service(index);
+        if left {
+            eprintln!("baton up: {} has left and is started again", service.child.name);
+        } else {
+            eprintln!("baton up: {}", service.child.died().await);
+            service.count_restart()?;
+            sleep(Duration::from_millis(100 << service.restarts)).await;
         }
-        if worker.restarts == RESTARTS {
-            bail!("{} has died {} times; giving up", worker.child.name, RESTARTS + 1);
-        }
-        worker.restarts += 1;
-        sleep(Duration::from_millis(100 << worker.restarts)).await;
-        let (role, name) = (worker.role, worker.child.name.clone());
-        let router = self.router.as_ref().map(|router| router.addresses.grpc.clone()).unwrap_or_default();
-        let mut child = self.child(&name, self.worker_arguments(role, &router))?;
+        let (role, name) = (service.role, service.child.name.clone());
+        let arguments = match role {
+            "router" => {
+                let former = service.child.addresses.clone();
+                self.router_arguments(Some(&former))
+            }
+            _ => self.worker_arguments(role, &self.router_addresses()[0]),
+        };
+        let mut child = self.child(&name, arguments)?;
         child.listening(Duration::from_secs(self.args.ready_timeout)).await?;
         eprintln!("baton up: {name} is back as process {}", child.pid);
-        let worker = &mut self.workers[index];
-        (worker.child, worker.since) = (child, Instant::now());
+        let service = self.service(index);
+        (service.child, service.since) = (child, Instant::now());
         Ok(())
     }
 
@@ -136,8 +150,14 @@ impl Cluster {
         Child::start(name.to_owned(), &arguments, self.logs.as_deref())
     }
 
-    fn router_arguments(&self) -> Vec<String> {
-        let mut set = vec!["listen=127.0.0.1:0".into(), "admin=127.0.0.1:0".into()];
+    fn router_addresses(&self) -> Vec<String> {
+        self.routers.iter().map(|router| router.child.addresses.grpc.clone()).collect()
+    }
+
+    fn router_arguments(&self, at: Option<&Addresses>) -> Vec<String> {
+        let port = |address: &str| address.rsplit(':').next().unwrap_or("0").to_owned();
+        let (grpc, admin) = at.map_or(("0".into(), "0".into()), |at| (port(&at.grpc), port(&at.admin)));
+        let mut set = vec![format!("listen=127.0.0.1:{grpc}"), format!("admin=127.0.0.1:{admin}")];
         if !self.args.etcd.is_empty() {
             set.push(format!("etcd={}", json!(self.args.etcd)));
         }
@@ -149,6 +169,7 @@ impl Cluster {
         let mut set = vec![
             format!("role={role}"),
             format!("backend={}", args.backend),
+            format!("handoff.transport={}", worker::Transport::from(args.transport).name()),
             format!("model={}", json!(self.model)),
             format!("served_model_name={}", json!(self.name)),
             format!("threads={}", args.threads),
@@ -166,11 +187,11 @@ impl Cluster {
         command("worker", set, &args.worker_set)
     }
 
-    fn gateway_arguments(&self, router: &str) -> Vec<String> {
+    fn gateway_arguments(&self) -> Vec<String> {
         let set = vec![
             format!("listen={}:{}", bracketed(self.args.host), self.args.port),
             "admin=127.0.0.1:0".into(),
-            format!("routers={}", json!([router])),
+            format!("routers={}", json!(self.router_addresses())),
             format!("model_dir={}", json!(self.model)),
             format!("served_model_name={}", json!([self.name])),
         ];
@@ -196,7 +217,7 @@ impl Cluster {
                 Ok(()) => Ok(()),
                 Err(_) => bail!("not ready after {} s; the gateway says: {}", self.args.ready_timeout, reason.borrow()),
             },
-            error = died(&mut self.router, &mut self.gateway, &mut self.workers) => Err(error),
+            error = died(&mut self.gateway, self.routers.iter_mut().chain(&mut self.workers)) => Err(error),
         }
     }
 
@@ -206,17 +227,20 @@ impl Cluster {
 
     fn as_json(&self) -> serde_json::Value {
         let one = |child: &Child| json!({"pid": child.pid, "grpc": child.addresses.grpc, "http": child.addresses.http, "admin": child.addresses.admin});
-        let workers = self.workers.iter().map(|worker| {
-            let mut value = one(&worker.child);
-            value["role"] = json!(worker.role);
-            value["name"] = json!(worker.child.name);
+        let named = |service: &Service| {
+            let mut value = one(&service.child);
+            value["role"] = json!(service.role);
+            value["name"] = json!(service.child.name);
             value
-        });
+        };
+        let [routers, workers] =
+            [&self.routers, &self.workers].map(|services| services.iter().map(named).collect::<Vec<_>>());
         json!({
             "model": self.name,
             "gateway": self.gateway.as_ref().map(one),
-            "router": self.router.as_ref().map(one),
-            "workers": workers.collect::<Vec<_>>(),
+            "router": routers[0],
+            "routers": routers,
+            "workers": workers,
             "logs": self.logs,
         })
     }
@@ -224,7 +248,8 @@ impl Cluster {
     fn banner(&self) -> String {
         let url = self.gateway_addresses().http;
         let mut text = format!("\nBaton is ready: {url}/v1 serves {}\n\n", self.name);
-        let services = self.gateway.iter().chain(&self.router).chain(self.workers.iter().map(|w| &w.child));
+        let others = self.routers.iter().chain(&self.workers).map(|service| &service.child);
+        let services = self.gateway.iter().chain(others);
         for child in services {
             let address =
                 if child.addresses.http.is_empty() { &child.addresses.grpc } else { &child.addresses.http };
@@ -235,6 +260,23 @@ impl Cluster {
             text += &format!("\n  logs in {}\n", logs.display());
         }
         text + &examples(&url, &self.name) + "\nCtrl-C stops everything."
+    }
+}
+
+impl Service {
+    fn new(role: &'static str, child: Child) -> Self {
+        Service { role, child, since: Instant::now(), restarts: 0 }
+    }
+
+    fn count_restart(&mut self) -> anyhow::Result<()> {
+        if self.since.elapsed() > LONG {
+            self.restarts = 0;
+        }
+        if self.restarts == RESTARTS {
+            bail!("{} has died {} times; giving up", self.child.name, RESTARTS + 1);
+        }
+        self.restarts += 1;
+        Ok(())
     }
 }
 
@@ -259,12 +301,8 @@ or from Python (pip install openai):
 }
 
 /// The error of the first service to die.
-async fn died(
-    router: &mut Option<Child>,
-    gateway: &mut Option<Child>,
-    workers: &mut [Worker],
-) -> anyhow::Error {
-    let children = router.iter_mut().chain(gateway).chain(workers.iter_mut().map(|worker| &mut worker.child));
+async fn died(gateway: &mut Option<Child>, others: impl Iterator<Item = &mut Service>) -> anyhow::Error {
+    let children = gateway.iter_mut().chain(others.map(|service| &mut service.child));
     select_all(children.map(|child| Box::pin(child.died()))).await.0
 }
 

@@ -1,16 +1,16 @@
 //! One call to the router, for one choice: its events as steps of text. Dropping the stream cancels the
-//! sequence everywhere; so does a stop string, at once.
+//! sequence everywhere; so does a stop string, at once. The request always holds the tokens so far: should its
+//! router be lost, another goes on with it, and the client sees nothing but a pause.
 
 use super::choice::{self, Choice, Scored, Step};
 use super::generation::Event;
-use super::upstream::Upstream;
+use super::upstream::{Break, Events, LOSSES, Upstream};
 use futures::Stream;
 use proto::generate_event::Event as Reply;
-use proto::{ErrorCode, GenerateEvent, GenerateRequest, PromptLogprob, Token};
+use proto::{ErrorCode, GenerateRequest, PromptLogprob, Token};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use telemetry::trace::TraceContext;
-use tonic::Streaming;
 
 pub struct Call {
     pub upstream: Arc<Upstream>,
@@ -30,7 +30,14 @@ pub struct Echo {
 
 impl Call {
     pub fn stream(self) -> impl Stream<Item = Result<Event, proto::Error>> + Send {
-        let running = Running { call: self, events: None, ready: VecDeque::new(), over: false };
+        let running = Running {
+            call: self,
+            events: None,
+            ready: VecDeque::new(),
+            started: false,
+            resumes: 0,
+            over: false,
+        };
         futures::stream::unfold(running, |mut running| async move {
             let item = running.next().await?;
             running.over |= item.is_err();
@@ -42,8 +49,12 @@ impl Call {
 struct Running {
     call: Call,
     /// `None` before the call is open and after its end.
-    events: Option<Streaming<GenerateEvent>>,
+    events: Option<Events>,
     ready: VecDeque<Event>,
+    /// A router has placed it.
+    started: bool,
+    /// Routers lost.
+    resumes: u32,
     over: bool,
 }
 
@@ -59,13 +70,24 @@ impl Running {
 
     async fn advance(&mut self) -> Result<(), proto::Error> {
         let Some(events) = &mut self.events else { return self.open().await };
-        match self.call.upstream.next(events).await? {
-            Some(reply) => self.take(reply),
-            None => Err(proto::Error::new(
-                ErrorCode::WorkerLost,
-                "the router closed the stream in the middle of the answer",
-            )),
+        match self.call.upstream.next(events).await {
+            Ok(reply) => self.take(reply),
+            Err(Break::Failed(error)) => Err(error),
+            Err(Break::Lost(problem)) => self.resume(problem).await,
         }
+    }
+
+    async fn resume(&mut self, lost: String) -> Result<(), proto::Error> {
+        self.events = None;
+        if self.resumes == LOSSES {
+            let message = format!("{LOSSES} routers were lost in the middle of the answer, then {lost}");
+            return Err(proto::Error::new(ErrorCode::WorkerLost, message));
+        }
+        self.resumes += 1;
+        let resumed = self.call.upstream.resume(&self.call.request, &self.call.trace, &lost).await;
+        let (first, events) = resumed.map_err(in_the_middle)?;
+        self.events = Some(events);
+        self.take(first)
     }
 
     async fn open(&mut self) -> Result<(), proto::Error> {
@@ -76,6 +98,7 @@ impl Running {
 
     fn take(&mut self, reply: Reply) -> Result<(), proto::Error> {
         match reply {
+            Reply::Started(_) if std::mem::replace(&mut self.started, true) => {}
             Reply::Started(started) => {
                 self.ready.push_back(Event::Started(started));
                 self.echo_if_complete();
@@ -102,9 +125,19 @@ impl Running {
                 "the router sent token {position} of the sequence where {expected} was due"
             )));
         }
+        self.record(token.id);
         let step = self.call.choice.token(token);
         self.step(step);
         Ok(())
+    }
+
+    /// Prompt logprobs come before the first token: they are not asked for again.
+    fn record(&mut self, token: u32) {
+        let Some(sequence) = &mut self.call.request.sequence else { return };
+        sequence.tokens.push(token);
+        if let Some(sampling) = &mut sequence.sampling {
+            sampling.prompt_logprobs = None;
+        }
     }
 
     fn step(&mut self, step: Step) {
@@ -117,8 +150,15 @@ impl Running {
 
     fn prompt_logprob(&mut self, logprob: PromptLogprob) -> Result<(), proto::Error> {
         let Some(echo) = &mut self.call.echo else {
+            // The next router begins the prompt anew.
+            if self.resumes > 0 {
+                return Ok(());
+            }
             return Err(internal("the router sent prompt logprobs nobody asked for"));
         };
+        if self.resumes > 0 && echo.has(logprob.position) {
+            return Ok(());
+        }
         echo.add(logprob)?;
         self.echo_if_complete();
         Ok(())
@@ -152,6 +192,10 @@ impl Echo {
         Echo { step: Step { text, tokens, ..Step::default() }, owed }
     }
 
+    fn has(&self, position: u32) -> bool {
+        self.step.tokens.get(position as usize).is_some_and(|scored| scored.logprob.is_some())
+    }
+
     fn add(&mut self, logprob: PromptLogprob) -> Result<(), proto::Error> {
         let position = logprob.position as usize;
         let fresh = |scored: &&mut Scored| position > 0 && scored.logprob.is_none();
@@ -166,6 +210,14 @@ impl Echo {
                 "the router sent a prompt logprob for position {position} that does not belong there"
             ))),
         }
+    }
+}
+
+/// An answer that has begun cannot be asked for again.
+fn in_the_middle(error: proto::Error) -> proto::Error {
+    match error.code() {
+        ErrorCode::NoMembers => proto::Error::new(ErrorCode::WorkerLost, error.message),
+        _ => error,
     }
 }
 

@@ -1,5 +1,5 @@
 //! The routers. A request goes to the one that answered last; if it cannot be reached, or goes away before
-//! its first event, the next is asked. Once an event has come, the request stays where it is.
+//! its first event, the next is asked. When one is lost in the middle of an answer, another goes on from there.
 
 use crate::Error;
 use crate::config::{Timeouts, ms};
@@ -8,8 +8,9 @@ use proto::router_client::RouterClient;
 use proto::{Dial, ErrorCode, GenerateEvent, GenerateRequest, StatusReply, StatusRequest};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use telemetry::Counter;
 use telemetry::trace::{self, TraceContext};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Status, Streaming};
 
@@ -17,6 +18,21 @@ pub struct Upstream {
     routers: Vec<Router>,
     preferred: AtomicUsize,
     silence: Duration,
+    resume: Duration,
+    resumed: Counter,
+}
+
+/// A router's answer as it comes.
+pub struct Events {
+    stream: Streaming<GenerateEvent>,
+    router: usize,
+}
+
+/// Why an answer does not go on.
+pub enum Break {
+    /// The router is gone; what it was told and has told is all that is needed to go on elsewhere.
+    Lost(String),
+    Failed(proto::Error),
 }
 
 struct Router {
@@ -28,11 +44,19 @@ struct Router {
 enum Failure {
     /// Another router may do.
     Unreachable(String),
+    /// It had taken the request and then went away.
+    Lost(String),
     Refused(proto::Error),
 }
 
 /// A status is quick to give.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Routers that one request may lose before it ends: it may be what kills them.
+pub const LOSSES: u32 = 3;
+
+/// Between looks for a router that goes on with an answer.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// A stream that nobody reads may not use up the connection for the others.
 const STREAM_WINDOW: u32 = 256 << 10;
@@ -40,10 +64,16 @@ const CONNECTION_WINDOW: u32 = 16 << 20;
 
 impl Upstream {
     /// Connects when first used.
-    pub fn new(addresses: &[String], timeouts: &Timeouts, dial: &Dial) -> Result<Self, Error> {
+    pub fn new(
+        addresses: &[String],
+        timeouts: &Timeouts,
+        dial: &Dial,
+        resumed: Counter,
+    ) -> Result<Self, Error> {
         let routers: Result<_, _> =
             addresses.iter().map(|address| Router::new(address, timeouts, dial)).collect();
-        Ok(Upstream { routers: routers?, preferred: AtomicUsize::new(0), silence: ms(timeouts.silence_ms) })
+        let (silence, resume) = (ms(timeouts.silence_ms), ms(timeouts.resume_ms));
+        Ok(Upstream { routers: routers?, preferred: AtomicUsize::new(0), silence, resume, resumed })
     }
 
     /// The first event that is no heartbeat, and the stream of the others.
@@ -51,19 +81,63 @@ impl Upstream {
         &self,
         request: &GenerateRequest,
         trace: &TraceContext,
-    ) -> Result<(Event, Streaming<GenerateEvent>), proto::Error> {
-        let mut problems = Vec::new();
+    ) -> Result<(Event, Events), proto::Error> {
+        match self.open_anywhere(request, trace).await {
+            Err(Failure::Lost(problem)) => self.resume(request, trace, &problem).await,
+            other => other.map_err(Failure::into),
+        }
+    }
+
+    /// The same for a request that a router had taken: waits a while for another. `lost`: what became of the former.
+    pub async fn resume(
+        &self,
+        request: &GenerateRequest,
+        trace: &TraceContext,
+        lost: &str,
+    ) -> Result<(Event, Events), proto::Error> {
+        let (deadline, mut losses) = (Instant::now() + self.resume, 0);
+        loop {
+            let problem = match self.open_anywhere(request, trace).await {
+                Err(Failure::Unreachable(problem)) => problem,
+                Err(Failure::Lost(problem)) => {
+                    losses += 1;
+                    problem
+                }
+                other => {
+                    self.resumed.inc_by(u64::from(other.is_ok()));
+                    return other.map_err(Failure::into);
+                }
+            };
+            if Instant::now() > deadline || losses == LOSSES {
+                let message = format!("the request's router was lost ({lost}), and {problem}");
+                return Err(proto::Error::new(ErrorCode::NoMembers, message));
+            }
+            sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    async fn open_anywhere(
+        &self,
+        request: &GenerateRequest,
+        trace: &TraceContext,
+    ) -> Result<(Event, Events), Failure> {
+        let (mut problems, mut lost) = (Vec::new(), false);
         for index in self.order() {
             match self.open_at(&self.routers[index], request, trace).await {
-                Ok(opened) => {
+                Ok((first, stream)) => {
                     self.preferred.store(index, Ordering::Relaxed);
-                    return Ok(opened);
+                    return Ok((first, Events { stream, router: index }));
                 }
-                Err(Failure::Refused(error)) => return Err(error),
                 Err(Failure::Unreachable(problem)) => problems.push(self.unreachable(index, problem)),
+                Err(Failure::Lost(problem)) => {
+                    lost = true;
+                    problems.push(self.unreachable(index, problem));
+                }
+                Err(refused) => return Err(refused),
             }
         }
-        Err(proto::Error::new(ErrorCode::NoMembers, format!("no router answers: {}", problems.join("; "))))
+        let problem = format!("no router answers: {}", problems.join("; "));
+        Err(if lost { Failure::Lost(problem) } else { Failure::Unreachable(problem) })
     }
 
     /// The cluster as some router sees it.
@@ -82,8 +156,23 @@ impl Upstream {
         Err(proto::Error::new(ErrorCode::NoMembers, format!("no router answers: {}", problems.join("; "))))
     }
 
-    /// The next event that is no heartbeat; `None` at the end of the stream.
-    pub async fn next(&self, events: &mut Streaming<GenerateEvent>) -> Result<Option<Event>, Status> {
+    /// The next event that is no heartbeat.
+    pub async fn next(&self, events: &mut Events) -> Result<Event, Break> {
+        let problem = match self.hear(&mut events.stream).await {
+            Ok(Some(Event::Error(error))) if error.code() == ErrorCode::Draining => error.message,
+            Ok(Some(event)) => return Ok(event),
+            Ok(None) => "it closed the stream".into(),
+            Err(status) if spoken(&status) => return Err(Break::Failed(status.into())),
+            Err(status) => describe(&status),
+        };
+        // Others need not find out for themselves.
+        let (here, next) = (events.router, (events.router + 1) % self.routers.len());
+        let _ = self.preferred.compare_exchange(here, next, Ordering::Relaxed, Ordering::Relaxed);
+        Err(Break::Lost(self.unreachable(here, problem)))
+    }
+
+    /// `None` at the end of the stream.
+    async fn hear(&self, events: &mut Streaming<GenerateEvent>) -> Result<Option<Event>, Status> {
         loop {
             let message =
                 timeout(self.silence, events.message()).await.map_err(|_| silent(self.silence))??;
@@ -111,10 +200,12 @@ impl Upstream {
             .await
             .map_err(|_| Failure::from(silent(self.silence)))?;
         let mut events = reply?.into_inner();
-        match self.next(&mut events).await? {
-            Some(Event::Error(error)) => Err(refused(error)),
-            Some(event) => Ok((event, events)),
-            None => Err(Failure::Unreachable("closed the stream before any event".into())),
+        match self.hear(&mut events).await {
+            Ok(Some(Event::Error(error))) => Err(refused(error)),
+            Ok(Some(event)) => Ok((event, events)),
+            Ok(None) => Err(Failure::Lost("closed the stream before any event".into())),
+            Err(status) if spoken(&status) => Err(refused(status.into())),
+            Err(status) => Err(Failure::Lost(describe(&status))),
         }
     }
 
@@ -149,6 +240,17 @@ impl Router {
             .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
         Ok(Router { address: address.to_owned(), client })
+    }
+}
+
+impl From<Failure> for proto::Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Unreachable(problem) | Failure::Lost(problem) => {
+                proto::Error::new(ErrorCode::NoMembers, problem)
+            }
+            Failure::Refused(error) => error,
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! When the router or what is behind it fails: before the first event an HTTP error, after it an SSE event.
 
 use crate::client::get;
-use crate::fake::{Act, Cluster, answer, encode, serve_fake, started, tokens};
+use crate::fake::{Act, Cluster, answer, encode, prompt_logprobs, serve_fake, started, tokens};
 use proto::generate_event::Event;
 use proto::{ErrorCode, GenerateRequest};
 use serde_json::json;
@@ -40,7 +40,16 @@ async fn errors_before_the_first_event_are_http_errors() {
     }
 }
 
+/// Tokens that the request brings along beside its prompt: another router has told them.
+fn begun(request: &GenerateRequest) -> &[u32] {
+    let sequence = request.sequence.as_ref().unwrap();
+    &sequence.tokens[sequence.prompt_len as usize..]
+}
+
 fn broken(request: &GenerateRequest, end: Act) -> Vec<Act> {
+    if !begun(request).is_empty() {
+        return vec![end];
+    }
     [vec![started()], tokens(request, &encode("one two")), vec![end]].concat()
 }
 
@@ -51,7 +60,8 @@ async fn errors_after_the_first_event_are_sse_events() {
         (Act::Fail(error(ErrorCode::QueueFull)), "server_overloaded"),
         (Act::Vanish, "worker_lost"),
     ] {
-        let cluster = Cluster::start(move |request| broken(request, end.clone())).await;
+        let script = move |request: &GenerateRequest| broken(request, end.clone());
+        let cluster = Cluster::with(script, |config| config.timeouts.resume_ms = 100).await;
         let reply = cluster.chat(json!({"stream": true})).await;
         assert_eq!(reply.status, 200);
         let last = reply.body.trim_end().rsplit("\n\n").next().unwrap();
@@ -105,6 +115,66 @@ async fn a_new_request_goes_to_the_router_that_answers() {
 }
 
 #[tokio::test]
+async fn an_answer_goes_on_where_its_router_was_lost() {
+    let first_half = encode("one two");
+    for end in [Act::Vanish, Act::Silence, Act::Say(Event::Error(error(ErrorCode::Draining)))] {
+        let (second, address) = serve_fake(Box::new(|request| answer(request, " three"))).await;
+        let first = move |request: &GenerateRequest| broken(request, end.clone());
+        let configure = |config: &mut gateway::Config| {
+            config.timeouts.silence_ms = 200;
+            config.routers.push(format!("http://{address}"));
+        };
+        let cluster = Cluster::with(first, configure).await;
+        let reply = cluster.complete(json!({"stop": "o thr"})).await.json();
+        assert_eq!(reply["choices"][0]["text"], "one tw", "a stop string across the break is found");
+        let streamed = cluster.complete(json!({"stream": true, "logprobs": 1})).await;
+        assert!(!streamed.body.contains("error"), "{}", streamed.body);
+        let asked = second.asked.lock().unwrap();
+        assert_eq!(begun(&asked[0]), first_half, "what the client has is not asked for again");
+        assert!(begun(&asked[1]).is_empty(), "the next request goes to the router that answers");
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_outlives_its_routers_ends() {
+    let cluster = Cluster::start(|request| {
+        [vec![started()], tokens(request, &encode(" one")), vec![Act::Vanish]].concat()
+    })
+    .await;
+    let reply = cluster.complete(json!({})).await;
+    assert_eq!(reply.error().2, "worker_lost");
+    assert_eq!(cluster.asked().len(), 4);
+}
+
+#[tokio::test]
+async fn a_request_that_waited_for_its_place_waits_on_elsewhere() {
+    let (times, asked) = (3, std::sync::atomic::AtomicU32::new(0));
+    let cluster =
+        Cluster::start(move |request| match asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst) {
+            before if before < times => vec![Act::Wait(10), Act::Vanish],
+            _ => answer(request, "at last"),
+        })
+        .await;
+    assert_eq!(cluster.chat(json!({})).await.json()["choices"][0]["message"]["content"], "at last");
+}
+
+#[tokio::test]
+async fn an_echoed_prompt_is_scored_once_though_its_router_was_lost() {
+    let (_second, address) = serve_fake(Box::new(|request| {
+        [vec![started()], prompt_logprobs(request), answer(request, " two").split_off(1)].concat()
+    }))
+    .await;
+    let first = |request: &GenerateRequest| {
+        let mut scored = prompt_logprobs(request);
+        scored.truncate(1);
+        [vec![started()], scored, vec![Act::Vanish]].concat()
+    };
+    let cluster = Cluster::with(first, |config| config.routers.push(format!("http://{address}"))).await;
+    let reply = cluster.complete(json!({"echo": true, "logprobs": 1})).await.json();
+    assert_eq!(reply["choices"][0]["text"], "fn main two");
+}
+
+#[tokio::test]
 async fn without_any_router_requests_are_told_to_come_back() {
     let cluster =
         Cluster::with(|_| vec![], |config| config.routers = vec!["http://127.0.0.1:1".into()]).await;
@@ -128,11 +198,12 @@ async fn readiness_follows_the_cluster() {
 
 #[tokio::test]
 async fn silence_and_slowness_have_their_bounds() {
-    let silent = Cluster::with(|_| vec![Act::Silence], |config| config.timeouts.silence_ms = 100).await;
+    let impatient = |config: &mut gateway::Config| {
+        (config.timeouts.silence_ms, config.timeouts.resume_ms) = (100, 100);
+    };
+    let silent = Cluster::with(|_| vec![Act::Silence], impatient).await;
     assert_eq!(silent.chat(json!({})).await.error(), (503, String::new(), "server_overloaded".into()));
-    let mute =
-        Cluster::with(|request| broken(request, Act::Silence), |config| config.timeouts.silence_ms = 100)
-            .await;
+    let mute = Cluster::with(|request| broken(request, Act::Silence), impatient).await;
     assert_eq!(mute.chat(json!({})).await.error().2, "worker_lost");
     let slow =
         Cluster::with(|request| broken(request, Act::Hang), |config| config.timeouts.request_ms = 150).await;

@@ -223,9 +223,9 @@ pub fn started() -> Act {
     Act::Say(Event::Started(Started { cached_tokens: 3, prefill_member, decode_member, attempt: 1 }))
 }
 
-/// Tokens after the prompt, each with logprobs: its own is minus its index, a rival's is one below.
+/// Tokens after those that there are, each with logprobs: its own is minus its index, a rival's is one below.
 pub fn tokens(request: &GenerateRequest, ids: &[u32]) -> Vec<Act> {
-    let first = request.sequence.as_ref().unwrap().prompt_len;
+    let first = request.sequence.as_ref().unwrap().tokens.len() as u32;
     let one = |(index, id): (usize, &u32)| {
         let own = TokenLogprob { token: *id, logprob: -(index as f32), rank: 1 };
         let rival = TokenLogprob { token: id + 1, logprob: f32::NEG_INFINITY, rank: 2 };

@@ -1,0 +1,106 @@
+//! `baton drain`: has one worker leave the cluster in good order, and follows until it has left.
+
+use crate::{http::Client, status};
+use anyhow::{Context, bail};
+use clap::Parser;
+use hyper::Method;
+use serde_json::Value;
+use std::{process::ExitCode, time::Duration};
+use tokio::time::{Instant, sleep};
+
+#[derive(Parser)]
+pub struct Args {
+    /// Id of the member as `baton status` shows it, or a beginning that only one has
+    member: String,
+    /// Address of the gateway
+    #[arg(long, default_value = "http://127.0.0.1:8000")]
+    url: String,
+    /// Return as soon as the worker has begun to leave
+    #[arg(long)]
+    no_wait: bool,
+    /// Give up if it has not left after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    timeout: u64,
+}
+
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(drain(args))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn drain(args: Args) -> anyhow::Result<()> {
+    let status = status::fetch(&args.url).await?;
+    let member = find(&status, &args.member)?;
+    let (id, admin) = (text(&member["id"]), text(&member["admin"]));
+    let response = Client::new(&admin)?.open(Method::POST, "/drain", "{}".into()).await;
+    let response = response.with_context(|| {
+        format!("the admin port of {id} must be reachable from here; SIGTERM to its process does the same")
+    })?;
+    if !response.status().is_success() {
+        bail!("{admin}/drain answered {}; is it a Baton worker of this version?", response.status());
+    }
+    println!("{id} takes nothing new");
+    if args.no_wait {
+        return Ok(());
+    }
+    left(&args, &id).await
+}
+
+/// Tells how much still runs there, until it is gone from the membership.
+async fn left(args: &Args, id: &str) -> anyhow::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(args.timeout);
+    let mut told = None;
+    loop {
+        let status = status::fetch(&args.url).await?;
+        let Some(member) = members(&status).find(|member| text(&member["id"]) == id) else {
+            println!("{id} has left");
+            return Ok(());
+        };
+        let running = member["load"]["running"].as_u64();
+        if running != told {
+            println!("{id} runs {} sequences", running.unwrap_or(0));
+            told = running;
+        }
+        if Instant::now() > deadline {
+            bail!("{id} has not left after {} s", args.timeout);
+        }
+        sleep(Duration::from_millis(200)).await;
+    }
+}
+
+fn find<'a>(status: &'a Value, beginning: &str) -> anyhow::Result<&'a Value> {
+    let matching: Vec<&Value> =
+        members(status).filter(|member| text(&member["id"]).starts_with(beginning)).collect();
+    match matching[..] {
+        [one] => Ok(one),
+        [] => {
+            let ids: Vec<String> = members(status).map(|member| text(&member["id"])).collect();
+            bail!("no member {beginning}; there are: {}", ids.join(", "))
+        }
+        _ => bail!("{beginning} is the beginning of {} members; give more of the id", matching.len()),
+    }
+}
+
+fn members(status: &Value) -> impl Iterator<Item = &Value> {
+    status["members"].as_array().map(Vec::as_slice).unwrap_or_default().iter()
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_member_is_named_by_a_beginning_that_only_it_has() {
+        let status =
+            serde_json::json!({"members": [{"id": "decode-1a"}, {"id": "decode-1b"}, {"id": "prefill-1"}]});
+        assert_eq!(find(&status, "prefill").unwrap()["id"], "prefill-1");
+        assert_eq!(find(&status, "decode-1b").unwrap()["id"], "decode-1b");
+        assert!(find(&status, "decode-1").unwrap_err().to_string().contains("2 members"));
+        assert!(find(&status, "both").unwrap_err().to_string().contains("decode-1a, decode-1b, prefill-1"));
+    }
+}
