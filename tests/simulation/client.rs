@@ -93,7 +93,7 @@ fn failure(status: u16, body: &Value) -> Option<Failure> {
 }
 
 async fn stream(mut body: Incoming, leaves_after: Option<u64>) -> anyhow::Result<Outcome> {
-    let (mut answer, mut buffer, mut events) = (Answer::default(), String::new(), 0);
+    let (mut answer, mut buffer, mut events) = (Answer::default(), Vec::new(), 0);
     loop {
         if leaves_after.is_some_and(|last| events >= last) {
             return Ok(Outcome::Left(answer));
@@ -101,18 +101,18 @@ async fn stream(mut body: Incoming, leaves_after: Option<u64>) -> anyhow::Result
         let Some(frame) = body.frame().await else {
             anyhow::bail!("the stream ended after {events} events without [DONE] or an error: {answer:?}")
         };
-        let bytes = frame?.into_data().unwrap_or_default();
-        buffer.push_str(std::str::from_utf8(&bytes)?);
-        while let Some((event, rest)) = buffer.split_once("\n\n") {
-            let event = event.strip_prefix("data: ").map(str::to_owned);
-            buffer = rest.to_owned();
-            let Some(event) = event else { continue };
+        buffer.extend(frame?.into_data().unwrap_or_default());
+        while let Some(end) = buffer.windows(2).position(|two| two == b"\n\n") {
+            let event: Vec<u8> = buffer.drain(..end + 2).collect();
+            let Some(event) = std::str::from_utf8(&event)?.trim_end().strip_prefix("data: ") else {
+                continue;
+            };
             if event == "[DONE]" {
                 anyhow::ensure!(answer.is_whole(), "[DONE] before every choice has ended: {answer:?}");
                 return Ok(Outcome::Answered(answer));
             }
             events += 1;
-            let event: Value = serde_json::from_str(&event)?;
+            let event: Value = serde_json::from_str(event)?;
             if let Some(failure) = failure(200, &event) {
                 return Ok(Outcome::Failed(failure, answer));
             }
