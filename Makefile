@@ -1,5 +1,5 @@
 # The commands a newcomer and CI need. `make` alone lists them.
-.PHONY: help up build cuda test test-chart test-images lint bench proof-split proof-faults proof-model proof-scale clean
+.PHONY: help up build cuda test test-chart test-images test-rdma lint bench simulate proof-split proof-faults proof-model proof-scale clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,12 +23,21 @@ test-chart: ## render the Helm chart and hold it against its golden files, the s
 test-images: ## build the images and run deploy/compose.yaml on an engine of its own (root; installs docker.io if it is absent)
 	tests/contained tests/images.py
 
+test-rdma: ## the hand-off through NIXL: its protocol, and a cluster (installs libclang and NIXL's wheels if they are absent)
+	bash tests/install nixl
+	tests/nixl cargo clippy --locked -p baton --features rdma -- -D warnings
+	tests/nixl cargo test --locked -p handoff --features rdma
+	tests/nixl cargo test --locked -p tests -- split_over_nixl --nocapture
+
 lint: ## formatting and clippy, warnings denied
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 
 bench: build ## measure the demo model on this machine: single-stream decode, 512-token prompts
 	bash tests/bench
+
+simulate: ## disturb simulated clusters: SEEDS=1000 or SEEDS=FROM..TO; SEED=17 replays one and tells what happens
+	cargo test --locked -p tests --test simulation -- $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),320))
 
 proof-split: ## split equals whole at full size: 200 prompts in every arrangement
 	BATON_PROOF=split cargo test --locked -p tests -- split --nocapture

@@ -12,7 +12,7 @@ use crate::{
     DeviceMemory, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors, Random, Shape, StepInput,
     Tensor,
 };
-use kv::{BlockId, KvLayout, Payload, Reply};
+use kv::{BlockId, Digest, KvError, KvLayout, Payload, Region, Reply};
 
 /// What is uploaded once. Tensors are borrowed from the checkpoint and converted one by one.
 pub trait Weights: Send + Sized + 'static {
@@ -202,6 +202,16 @@ pub trait Backend: Weights {
     /// Copies `payload` into a block, after everything enqueued so far and before what is enqueued later. Replies with
     /// [`kv::KvError::Damaged`] if the device finds another digest where it landed.
     fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>);
+
+    /// The digest of what lies in the first `rows` tokens of every layer of a block, after everything enqueued so far.
+    fn kv_digest(&mut self, _block: BlockId, _rows: u32, reply: Reply<Digest>) {
+        let _ = reply.send(Err(KvError::NoRegion("this backend gives digests only with the bytes")));
+    }
+
+    /// Where the pool lies, if transports may reach it without the backend; it stays there once its size is set.
+    fn kv_region(&self) -> Option<Region> {
+        None
+    }
 
     /// Breaks the device as a wild access of a kernel would, for tests of what follows: it fails here or at the latest when
     /// the next step is downloaded, and nothing can be asked of it afterwards.

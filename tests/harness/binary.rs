@@ -13,7 +13,7 @@ pub fn root() -> &'static Path {
 
 pub fn baton() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| build("baton", &[]))
+    BINARY.get_or_init(|| build("baton", if has_nixl() { &["--features", "rdma"] } else { &[] }))
 }
 
 /// The same with phases that can be held.
@@ -33,4 +33,9 @@ fn build(binary: &str, arguments: &[&str]) -> PathBuf {
     }
     assert!(build.status().expect("cargo runs").success(), "{binary} does not build");
     profile.join(binary)
+}
+
+/// Whether the binary under test has the transport through NIXL, as `make test-rdma` asks.
+pub fn has_nixl() -> bool {
+    std::env::var_os("BATON_NIXL_REQUIRED").is_some()
 }

@@ -14,7 +14,7 @@ mod pool;
 mod request;
 pub mod table;
 
-pub use binary::{baton, baton_failpoints, root};
+pub use binary::{baton, baton_failpoints, has_nixl, root};
 pub use cluster::{Cluster, Worker};
 pub use pool::Pool;
 pub use request::{Answer, Ask};

@@ -1,7 +1,7 @@
 //! Split equals whole: the same requests give the same tokens and logprobs, bit for bit, on one worker that does both and
 //! across a hand-off, alone and in a crowd, in small and large chunks, from a warm cache, and under preemption.
 
-use crate::harness::{Answer, Ask, Cluster, alone, block_on, golden, is_proof};
+use crate::harness::{Answer, Ask, Cluster, alone, block_on, golden, has_nixl, is_proof};
 use futures::{StreamExt, stream};
 use std::sync::OnceLock;
 
@@ -22,6 +22,20 @@ fn split_small_chunks_in_a_crowd() {
 fn split_large_chunks_one_at_a_time_cold_and_warm() {
     let _alone = alone();
     compare(&[&["--chunk", "512"][..], &ROOMY_POOL].concat(), 1, 2);
+}
+
+/// The blocks read by decode out of prefill's memory.
+#[test]
+fn split_over_nixl() {
+    if !has_nixl() {
+        return println!("left out: this binary is built without NIXL; make test-rdma is with it");
+    }
+    let _alone = alone();
+    let cluster = compare(&["--transport", "nixl", "--chunk", "32"], 64, 1);
+    let decode = cluster.workers.iter().find(|worker| worker.role == "decode").unwrap();
+    let bytes = block_on(cluster.metric(decode, "baton_handoff_bytes_total", "nixl"));
+    println!("{bytes} bytes were handed off through NIXL");
+    assert!(bytes > 0.0);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! `baton up` as a newcomer meets it: ready soon, from any directory, modest, and gone when told.
 
-use crate::harness::{Ask, Cluster, alone, baton, block_on, golden};
+use crate::harness::{Ask, Cluster, alone, baton, block_on, golden, has_nixl};
 use futures::future::join_all;
 use rustix::process::Signal;
 use std::{
@@ -75,7 +75,13 @@ fn up_says_what_is_wrong() {
         (&["--model", "/nowhere"], "/nowhere"),
         (&["--worker-set", "kv_block=3"], "kv_block"),
         (&["--gateway-set", "limits.body=3"], "body"),
+        (&["--transport", "rdma"], "possible values: grpc, nixl"),
+        (&["--transport", "nixl", "--backend", "sim"], "its KV pool is not in host memory"),
+        (&["--transport", "nixl"], "build it with --features rdma"),
     ] {
+        if has_nixl() && expected.contains("--features rdma") {
+            continue;
+        }
         let output = Command::new(baton()).args(["up", "--port", "0"]).args(arguments).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && said.contains(expected), "{arguments:?}: {said}");

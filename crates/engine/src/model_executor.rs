@@ -3,7 +3,7 @@
 
 use crate::{Executor, ExecutorError, Limits, StepOutput};
 use kernels::{Backend, StepInput};
-use kv::{BlockId, KvError, KvLayout, KvMemory, Payload, Reply, StepId, Transfer};
+use kv::{BlockId, Digest, KvError, KvLayout, KvMemory, Payload, Region, Reply, StepId, Transfer};
 use model::{Launched, ModelRunner};
 use std::{
     collections::VecDeque,
@@ -32,6 +32,7 @@ enum Command {
     Step(StepId, StepInput),
     Read(BlockId, u32, Reply<Payload>),
     Write(BlockId, u32, Payload, Reply<()>),
+    Digest(BlockId, u32, Reply<Digest>),
 }
 
 impl ModelExecutor {
@@ -44,13 +45,13 @@ impl ModelExecutor {
             max_context: shape.max_context,
             vocab_size: shape.vocab,
         };
-        let (layout, blocks) = (runner.layout(), shape.blocks);
+        let (layout, blocks, region) = (runner.layout(), shape.blocks, runner.kv_region());
         let (commands, received) = sync_channel(COMMANDS);
         // At most `IN_FLIGHT` outputs are ever uncollected.
         let (sender, outputs) = mpsc::unbounded_channel();
         let device = Device { runner, flying: VecDeque::new(), outputs: sender, fail_step };
         thread::Builder::new().name("device".to_owned()).spawn(move || device.run(&received))?;
-        let memory = Arc::new(ModelMemory { commands: commands.clone(), layout, blocks });
+        let memory = Arc::new(ModelMemory { commands: commands.clone(), layout, blocks, region });
         Ok(ModelExecutor { commands, outputs, submitted: 0, limits, memory })
     }
 }
@@ -116,6 +117,7 @@ impl<B: Backend> Device<B> {
             Command::Step(step, input) => return self.launch(step, &input),
             Command::Read(block, rows, reply) => self.runner.kv_read(block, rows, reply),
             Command::Write(block, rows, payload, reply) => self.runner.kv_write(block, rows, payload, reply),
+            Command::Digest(block, rows, reply) => self.runner.kv_digest(block, rows, reply),
         }
         Ok(())
     }
@@ -160,6 +162,7 @@ struct ModelMemory {
     commands: SyncSender<Command>,
     layout: KvLayout,
     blocks: u32,
+    region: Option<Region>,
 }
 
 impl ModelMemory {
@@ -193,6 +196,14 @@ impl KvMemory for ModelMemory {
             return failed(KvError::WrongLength { rows, expected, found });
         }
         self.ask(block, |reply| Command::Write(block, rows, payload, reply))
+    }
+
+    fn region(&self) -> Option<Region> {
+        self.region.clone()
+    }
+
+    fn digest(&self, block: BlockId, rows: u32, _after: StepId) -> Transfer<Digest> {
+        self.ask(block, |reply| Command::Digest(block, rows, reply))
     }
 }
 

@@ -5,18 +5,21 @@
 use crate::{
     Error, Now,
     digest::Binding,
+    direct::Pool,
+    framing,
+    landing::landed,
     sender::{self, Action, Bounds, Event, Failure},
 };
+use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use kv::{BlockId, KvError, KvMemory, Payload, StepId, Transfer};
-use proto::{deliver_message::Message, deliver_reply::Reply, handoff_client::HandoffClient};
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use kv::{BlockId, Digest, KvError, KvMemory, Payload, StepId};
+use proto::{deliver_message::Message, deliver_reply::Reply};
+use std::{collections::VecDeque, time::Duration};
 use tokio::{
     sync::mpsc,
     time::{Instant, Interval, MissedTickBehavior},
 };
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Streaming, metadata::MetadataMap, transport::Channel};
+use tonic::{Streaming, metadata::MetadataMap, transport::Channel};
 
 /// Messages between the driver and the transport; the bytes under way are bounded by the window.
 const OUTGOING: usize = 4;
@@ -88,12 +91,12 @@ pub enum Progress {
 pub struct Delivery {
     order: Order,
     pulse: Pulse,
-    memory: Arc<dyn KvMemory>,
+    pool: Pool,
     sender: sender::Sender,
     /// Where each computed block lies, and the step that completes it.
     places: Vec<Option<(BlockId, StepId)>>,
-    reads: FuturesUnordered<BoxFuture<'static, (u32, Result<Payload, KvError>)>>,
-    fetched: Option<Payload>,
+    reads: FuturesUnordered<BoxFuture<'static, (u32, Result<Fetched, KvError>)>>,
+    fetched: Option<Fetched>,
     commit: Option<proto::Commit>,
     queue: VecDeque<Message>,
     outgoing: mpsc::Sender<proto::DeliverMessage>,
@@ -108,6 +111,17 @@ pub struct Delivery {
     outcome: Option<Result<Sent, Error>>,
 }
 
+/// A block to offer: its digest, and its bytes or where they lie.
+struct Fetched {
+    digest: Digest,
+    content: Content,
+}
+
+enum Content {
+    Payload(Bytes),
+    At(usize),
+}
+
 enum Replies {
     Opening(BoxFuture<'static, Result<Streaming<proto::DeliverReply>, tonic::Status>>),
     Open(Box<Streaming<proto::DeliverReply>>),
@@ -118,25 +132,26 @@ impl Delivery {
     pub fn open(
         channel: Channel,
         order: Order,
-        memory: Arc<dyn KvMemory>,
+        pool: impl Into<Pool>,
         pulse: Pulse,
         options: Options,
         trace: MetadataMap,
     ) -> Self {
+        let pool = pool.into();
         let blocks = order.bindings.len() as u32;
         let has = |index| index < order.present || order.accepted.contains(&index);
         let (outgoing, messages) = mpsc::channel(OUTGOING);
         let mut clock = tokio::time::interval(options.heartbeat);
         clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Delivery {
-            sender: sender::Sender::new(blocks, has, bounds(&*memory, options), Now::ZERO),
+            sender: sender::Sender::new(blocks, has, bounds(&*pool.memory, options), Now::ZERO),
             places: vec![None; blocks as usize],
             reads: FuturesUnordered::new(),
             fetched: None,
             commit: None,
-            queue: VecDeque::from([Message::Open(opening(&order, memory.layout().fingerprint()))]),
+            queue: VecDeque::from([Message::Open(opening(&order, &pool))]),
             outgoing,
-            replies: Replies::Opening(call(channel, messages, trace)),
+            replies: Replies::Opening(framing::deliver(channel, messages, trace).boxed()),
             clock,
             silence: options.silence,
             start: Instant::now(),
@@ -146,7 +161,7 @@ impl Delivery {
             outcome: None,
             order,
             pulse,
-            memory,
+            pool,
         }
     }
 
@@ -224,15 +239,14 @@ impl Delivery {
         let Some((block, after)) = self.places[index as usize] else {
             return;
         };
-        let rows = self.order.bindings[index as usize].rows;
-        let transfer = self.memory.read(block, rows, after);
-        self.reads.push(async move { (index, landed(transfer).await) }.boxed());
+        let read = fetch(&self.pool, block, self.order.bindings[index as usize].rows, after);
+        self.reads.push(async move { (index, read.await) }.boxed());
     }
 
-    fn read(&mut self, index: u32, payload: Result<Payload, KvError>) {
-        match payload {
-            Ok(payload) => {
-                self.fetched = Some(payload);
+    fn read(&mut self, index: u32, fetched: Result<Fetched, KvError>) {
+        match fetched {
+            Ok(fetched) => {
+                self.fetched = Some(fetched);
                 self.on(Event::Fetched { index });
                 self.fetched = None;
             }
@@ -241,12 +255,16 @@ impl Delivery {
     }
 
     fn offer(&mut self, index: u32) {
-        let (Some(payload), binding) = (self.fetched.take(), self.order.bindings[index as usize]) else {
+        let (Some(fetched), binding) = (self.fetched.take(), self.order.bindings[index as usize]) else {
             return;
         };
-        let (rows, digest, payload) = (binding.rows, binding.seal(payload.digest), payload.bytes);
-        self.sent.bytes += payload.len() as u64;
-        self.queue.push_back(Message::Offer(proto::Offer { index, rows, digest, payload }));
+        let (rows, digest) = (binding.rows, binding.seal(fetched.digest));
+        self.sent.bytes += self.pool.memory.layout().payload_bytes(rows) as u64;
+        let (payload, address) = match fetched.content {
+            Content::Payload(bytes) => (bytes, None),
+            Content::At(address) => (Bytes::new(), Some(address as u64)),
+        };
+        self.queue.push_back(Message::Offer(proto::Offer { index, rows, digest, payload, address }));
     }
 
     fn beat(&mut self) {
@@ -327,31 +345,33 @@ fn bounds(memory: &dyn KvMemory, options: Options) -> Bounds {
     Bounds { window: window as u32, tries: options.tries.max(1), silence: options.silence }
 }
 
-fn opening(order: &Order, layout_fingerprint: u64) -> proto::DeliverOpen {
+fn opening(order: &Order, pool: &Pool) -> proto::DeliverOpen {
     proto::DeliverOpen {
         reservation: order.reservation,
         epoch: order.epoch,
-        layout_fingerprint,
+        layout_fingerprint: pool.memory.layout().fingerprint(),
         weights_fingerprint: order.weights_fingerprint,
         member: order.member.clone(),
+        origin: pool.origin(),
     }
 }
 
-fn call(
-    channel: Channel,
-    messages: mpsc::Receiver<proto::DeliverMessage>,
-    trace: MetadataMap,
-) -> BoxFuture<'static, Result<Streaming<proto::DeliverReply>, tonic::Status>> {
-    async move {
-        let mut client = HandoffClient::new(channel).max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
-        let mut request = Request::new(ReceiverStream::new(messages));
-        *request.metadata_mut() = trace;
-        Ok(client.deliver(request).await?.into_inner())
-    }
-    .boxed()
-}
-
-/// The end of a transfer; a device that went away without a word has stopped.
-pub(crate) async fn landed<T>(transfer: Transfer<T>) -> Result<T, KvError> {
-    transfer.await.unwrap_or_else(|_| Err(KvError::Stopped("it gave no answer".into())))
+/// Copies a block out, or makes sure that it is as it will be read.
+fn fetch(
+    pool: &Pool,
+    block: BlockId,
+    rows: u32,
+    after: StepId,
+) -> BoxFuture<'static, Result<Fetched, KvError>> {
+    let Some((_, region)) = &pool.direct else {
+        let transfer = pool.memory.read(block, rows, after);
+        return async move {
+            let Payload { bytes, digest } = landed(transfer).await?;
+            Ok(Fetched { digest, content: Content::Payload(bytes) })
+        }
+        .boxed();
+    };
+    let at = region.block(&pool.memory.layout(), block);
+    let digest = pool.memory.digest(block, rows, after);
+    async move { Ok(Fetched { digest: landed(digest).await?, content: Content::At(at) }) }.boxed()
 }

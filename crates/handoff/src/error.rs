@@ -15,6 +15,8 @@ pub enum Error {
     Peer(proto::Error),
     #[error("KV blocks cannot be read: {0}")]
     Memory(#[from] KvError),
+    #[error("the transport through NIXL cannot be used: {0}")]
+    Nixl(String),
     #[error("decode refused block {index} as often as allowed: {cause}")]
     Refused { index: u32, cause: String },
     #[error("decode was silent for longer than {0:?}")]
@@ -31,7 +33,7 @@ impl Error {
             Error::Peer(error) => error.code(),
             Error::Refused { .. } => ErrorCode::Digest,
             Error::Transport { .. } | Error::Silent(_) => ErrorCode::WorkerLost,
-            Error::Memory(_) | Error::Protocol(_) => ErrorCode::Internal,
+            Error::Memory(_) | Error::Nixl(_) | Error::Protocol(_) => ErrorCode::Internal,
         }
     }
 }

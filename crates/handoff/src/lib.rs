@@ -4,8 +4,12 @@
 
 pub mod deliver;
 pub mod digest;
+pub mod direct;
 mod error;
+mod framing;
+mod landing;
 pub mod liveness;
+pub mod nixl;
 pub mod placement;
 pub mod receive;
 pub mod receiver;

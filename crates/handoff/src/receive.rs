@@ -1,16 +1,17 @@
 //! Drives a [`Receiver`]: one [`Incoming`] for each reservation, owned by the task that serves the router's
 //! call, fed by the delivery streams through a bounded [`Inbox`]. Checks epoch, fingerprints and rows
-//! before a byte is written, and writes only through [`KvMemory`], which compares the digest of what has landed. Knows neither engine nor sockets.
+//! before a byte is written, and writes only through `landing.rs`, which compares the digest of what has landed. Knows neither engine nor sockets.
 
 use crate::{
-    deliver::landed,
     digest::Binding,
+    direct::Pool,
+    landing::{self, Landing, Place},
     receiver::{Action, Answer, Event, Patience, Receiver, Reply, State},
 };
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use kv::{BlockId, KvError, KvMemory, Payload, StepId};
+use kv::{BlockId, KvError, StepId};
 use proto::{ErrorCode, deliver_reply::Reply as Wire};
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, time::Duration};
 use tokio::{sync::mpsc, time::Instant};
 
 /// Messages that may wait for one reservation; each carries at most one block.
@@ -86,11 +87,15 @@ pub struct Received {
 pub struct Incoming {
     plan: Plan,
     receiver: Receiver,
-    memory: Arc<dyn KvMemory>,
+    pool: Pool,
     after: Box<dyn Fn() -> StepId + Send + Sync>,
     inbox: mpsc::Receiver<Parcel>,
     /// The delivery stream of the current epoch.
     stream: Option<(u32, Replies)>,
+    /// Where its offers lie.
+    origin: Option<proto::Origin>,
+    /// Where blocks that are being written are read from.
+    reading: HashMap<u32, proto::Origin>,
     writes: FuturesUnordered<Write>,
     commit: Option<proto::Commit>,
     /// Why the block last spoiled did.
@@ -115,7 +120,7 @@ impl Incoming {
     /// what the blocks held before.
     pub fn new(
         plan: Plan,
-        memory: Arc<dyn KvMemory>,
+        pool: impl Into<Pool>,
         after: impl Fn() -> StepId + Send + Sync + 'static,
     ) -> (Self, Inbox) {
         let (sender, inbox) = mpsc::channel(INBOX);
@@ -123,10 +128,12 @@ impl Incoming {
         let incoming = Incoming {
             plan,
             receiver,
-            memory,
+            pool: pool.into(),
             after: Box::new(after),
             inbox,
             stream: None,
+            origin: None,
+            reading: HashMap::new(),
             writes: FuturesUnordered::new(),
             commit: None,
             fault: None,
@@ -218,6 +225,9 @@ impl Incoming {
         if let Some(error) = self.mismatch(&open) {
             return send(&replies, Wire::Error(error));
         }
+        if epoch == self.receiver.epoch() {
+            self.origin = open.origin;
+        }
         if epoch == self.receiver.epoch()
             && let Some((_, former)) = self.stream.replace((epoch, replies.clone()))
         {
@@ -264,19 +274,22 @@ impl Incoming {
     }
 
     fn mismatch(&self, open: &proto::DeliverOpen) -> Option<proto::Error> {
-        let layout = self.memory.layout().fingerprint();
-        let (what, theirs, ours) = if open.layout_fingerprint != layout {
-            ("KV layout", open.layout_fingerprint, layout)
+        let layout = self.pool.memory.layout().fingerprint();
+        let message = if open.layout_fingerprint != layout {
+            differ("KV layout", open, open.layout_fingerprint, layout)
         } else if open.weights_fingerprint != self.plan.weights_fingerprint {
-            ("weights", open.weights_fingerprint, self.plan.weights_fingerprint)
+            differ("weights", open, open.weights_fingerprint, self.plan.weights_fingerprint)
+        } else if open.origin.is_some() != self.pool.direct.is_some() {
+            format!(
+                "prefill member {} hands off {}, this decode worker takes blocks over {}; start both with the same \
+                 --transport",
+                open.member,
+                if open.origin.is_some() { "by letting its memory be read" } else { "over grpc" },
+                self.pool.transport()
+            )
         } else {
             return None;
         };
-        let message = format!(
-            "{what} of prefill member {} ({theirs:016x}) differ from this decode worker's ({ours:016x}); \
-             run both with the same model, KV dtype and block size",
-            open.member
-        );
         Some(proto::Error::new(ErrorCode::Mismatch, message))
     }
 
@@ -288,33 +301,50 @@ impl Incoming {
             self.fault = Some(error);
             return self.on(Event::Spoiled { index }, Heard { from: heard.from, offer: None });
         }
-        let digest = self.plan.bindings[index as usize].open(offer.digest);
-        let payload = Payload { bytes: offer.payload, digest };
-        let bytes = payload.bytes.len() as u64;
-        let block = self.plan.blocks[index as usize];
-        let transfer = self.memory.write(block, offer.rows, payload, (self.after)());
-        self.writes.push(async move { (index, bytes, landed(transfer).await) }.boxed());
+        let bytes = self.pool.memory.layout().payload_bytes(offer.rows) as u64;
+        let landing = self.land(index, offer);
+        self.writes.push(async move { (index, bytes, landing.await) }.boxed());
     }
 
-    /// Bytes that no write could take.
+    fn land(&mut self, index: u32, offer: proto::Offer) -> Landing {
+        let digest = self.plan.bindings[index as usize].open(offer.digest);
+        let place = Place { block: self.plan.blocks[index as usize], rows: offer.rows, digest };
+        let after = (self.after)();
+        match (offer.address, &self.origin) {
+            (Some(address), Some(origin)) => {
+                self.reading.insert(index, origin.clone());
+                landing::fetch(&self.pool, place, origin.clone(), address as usize, after)
+            }
+            _ => landing::copy(&self.pool, place, offer.payload, after),
+        }
+    }
+
+    /// An offer that no write could take.
     fn check(&mut self, offer: &proto::Offer) -> Result<(), proto::Error> {
         let binding = self.plan.bindings[offer.index as usize];
-        let expected = self.memory.layout().payload_bytes(binding.rows);
-        if offer.rows == binding.rows && offer.payload.len() == expected {
+        let expected = match offer.address {
+            None => self.pool.memory.layout().payload_bytes(binding.rows),
+            Some(_) => 0,
+        };
+        let told = offer.address.is_some() == self.pool.direct.is_some();
+        if told && offer.rows == binding.rows && offer.payload.len() == expected {
             return Ok(());
         }
         self.received.refused += 1;
         let message = format!(
-            "block {} came as {} rows in {} bytes, {} rows in {expected} bytes were expected",
+            "block {} came as {} rows in {} bytes over {}, {} rows in {expected} bytes over {} were expected",
             offer.index,
             offer.rows,
             offer.payload.len(),
-            binding.rows
+            if offer.address.is_some() { "a direct transport" } else { "grpc" },
+            binding.rows,
+            self.pool.transport(),
         );
         Err(proto::Error::new(ErrorCode::InvalidRequest, message))
     }
 
     fn written(&mut self, index: u32, bytes: u64, result: Result<(), KvError>) {
+        self.reading.remove(&index);
         match result {
             Ok(()) => {
                 self.received.bytes += bytes;
@@ -328,11 +358,20 @@ impl Incoming {
         }
     }
 
-    /// The writer is this worker's own device, which no deadline can stop: the block waits until the device has
-    /// copied or is given up itself, and whoever reads logs and metrics knows.
+    /// Where the writer is this worker's own device, no deadline can stop it: the block waits until the device has copied or
+    /// is given up itself. A read from the other side ends with the connection. Whoever reads logs and metrics knows.
     fn sever(&mut self, index: u32) {
         self.received.overdue += 1;
         let patience = self.plan.patience.landing;
+        if let (Some(origin), Some((direct, _))) = (self.reading.get(&index), &self.pool.direct) {
+            tracing::warn!(
+                index,
+                ?patience,
+                peer = origin.name,
+                "a block was not read in time: its connection is closed"
+            );
+            return direct.sever(origin);
+        }
         tracing::error!(index, ?patience, "a block has not landed in time: does the device still copy?");
     }
 
@@ -403,6 +442,14 @@ impl Unsettled {
         }
         it.received.overdue - before
     }
+}
+
+fn differ(what: &str, open: &proto::DeliverOpen, theirs: u64, ours: u64) -> String {
+    format!(
+        "{what} of prefill member {} ({theirs:016x}) differ from this decode worker's ({ours:016x}); \
+         run both with the same model, KV dtype and block size",
+        open.member
+    )
 }
 
 impl Inbox {

@@ -5,7 +5,8 @@
 
 use crate::Error;
 use std::time::Duration;
-use tonic::transport::{Channel, Endpoint, Server};
+use tokio::net::TcpListener;
+use tonic::transport::{Channel, Endpoint, Server, server::TcpIncoming};
 
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
@@ -25,9 +26,14 @@ pub fn server() -> Server {
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME)
         .max_concurrent_streams(Some(STREAMS))
-        .tcp_nodelay(true)
         .http2_keepalive_interval(Some(PING_EVERY))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
+}
+
+/// What `server` accepts. Connections that come from a listener of our own know nothing of the server's settings, and
+/// without this one every small answer waits for the acknowledgement of the one before, up to 40 ms.
+pub fn incoming(listener: TcpListener) -> TcpIncoming {
+    TcpIncoming::from(listener).with_nodelay(Some(true))
 }
 
 /// A channel to the worker at `address` (http://host:port). Connects on first use, and again after a loss.

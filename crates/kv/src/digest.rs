@@ -41,6 +41,36 @@ impl Digest {
     }
 }
 
+/// Copies in pieces of which each is hashed where it landed while the processor's cache still has it.
+#[derive(Default)]
+pub struct HashedCopy(Leaves);
+
+impl HashedCopy {
+    const PIECE: usize = 16 * Digest::LEAF;
+
+    /// `from` into `to`, which has the same length.
+    pub fn copy(&mut self, from: &[u8], to: &mut [u8]) {
+        for (from, to) in from.chunks(Self::PIECE).zip(to.chunks_mut(Self::PIECE)) {
+            to.copy_from_slice(from);
+            self.0.add(to);
+        }
+    }
+
+    /// `from` behind what `to` has.
+    pub fn append(&mut self, from: &[u8], to: &mut Vec<u8>) {
+        for from in from.chunks(Self::PIECE) {
+            let at = to.len();
+            to.extend_from_slice(from);
+            self.0.add(&to[at..]);
+        }
+    }
+
+    /// Of all that was copied.
+    pub fn digest(self) -> Digest {
+        self.0.end()
+    }
+}
+
 /// Hashes leaves as bytes come; a leaf may begin in one part and end in another.
 #[derive(Default)]
 struct Leaves {
@@ -134,6 +164,18 @@ mod tests {
         for part in [1, 7, 1000, Digest::LEAF - 1, Digest::LEAF, Digest::LEAF + 1, 9000] {
             assert_eq!(Digest::of_parts(whole.chunks(part)), Digest::of(&whole), "parts of {part}");
         }
+    }
+
+    #[test]
+    fn a_hashed_copy_is_a_copy_and_its_digest() {
+        let (from, mut to, mut appended) = (bytes(300_000), vec![0; 300_000], Vec::new());
+        let (mut copied, mut hashed) = (HashedCopy::default(), HashedCopy::default());
+        for part in [0..70_001, 70_001..300_000] {
+            copied.copy(&from[part.clone()], &mut to[part.clone()]);
+            hashed.append(&from[part], &mut appended);
+        }
+        assert!(from == to && from == appended);
+        assert_eq!((copied.digest(), hashed.digest()), (Digest::of(&from), Digest::of(&from)));
     }
 
     #[test]

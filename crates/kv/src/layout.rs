@@ -1,6 +1,7 @@
 //! The shape of a block's bytes. Two workers may exchange blocks only if their layouts are equal,
 //! which they check by [`KvLayout::fingerprint`].
 
+use crate::Run;
 use xxhash_rust::xxh3::xxh3_64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +41,16 @@ impl KvLayout {
         self.layers as usize * rows as usize * self.row as usize * self.dtype.bytes()
     }
 
+    /// Where the bytes of the first `rows` tokens of every layer lie in a block, in the order in which they travel.
+    pub fn runs(&self, rows: u32) -> Vec<Run> {
+        if rows == self.block_tokens {
+            return vec![Run { at: 0, bytes: self.block_bytes() }];
+        }
+        let (layer, bytes) =
+            (self.block_bytes() / self.layers as usize, self.payload_bytes(rows) / self.layers as usize);
+        (0..self.layers as usize).map(|index| Run { at: index * layer, bytes }).collect()
+    }
+
     /// Blocks that `tokens` tokens occupy.
     pub fn blocks_for(&self, tokens: usize) -> usize {
         tokens.div_ceil(self.block_tokens as usize)
@@ -54,6 +65,13 @@ impl KvLayout {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_full_block_is_one_run_and_a_partial_one_has_a_run_for_each_layer() {
+        let layout = KvLayout { dtype: KvDtype::Bf16, layers: 2, block_tokens: 4, row: 3 };
+        assert_eq!(layout.runs(4), [Run { at: 0, bytes: 48 }]);
+        assert_eq!(layout.runs(1), [Run { at: 0, bytes: 6 }, Run { at: 24, bytes: 6 }]);
+    }
 
     #[test]
     fn every_part_of_a_layout_counts() {

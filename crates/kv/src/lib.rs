@@ -9,10 +9,10 @@ mod list;
 mod memory;
 mod pool;
 
-pub use digest::{Digest, Payload};
+pub use digest::{Digest, HashedCopy, Payload};
 pub use hash::{BlockHash, hash_blocks};
 pub use layout::{KvDtype, KvLayout};
-pub use memory::{KvError, KvMemory, Reply, StepId, Transfer, transfer};
+pub use memory::{KvError, KvMemory, Region, Reply, Run, StepId, Transfer, transfer};
 pub use pool::{BlockPool, Counts, Holder, Match};
 
 /// Index of a block in its pool.

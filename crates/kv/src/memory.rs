@@ -2,6 +2,7 @@
 //! steps, never against wall time, so that a device can run them on a copy stream.
 
 use crate::{BlockId, Digest, KvLayout, Payload};
+use std::{any::Any, fmt, sync::Arc};
 use tokio::sync::oneshot;
 
 /// Number of a step, counted from 1 by an executor; 0 is "before the first".
@@ -15,6 +16,10 @@ pub enum KvError {
     NoSuchBlock { block: BlockId, blocks: u32 },
     #[error("payload is {found} bytes, {rows} rows of this layout are {expected}")]
     WrongLength { rows: u32, expected: usize, found: usize },
+    #[error("this memory cannot be read by other workers: {0}")]
+    NoRegion(&'static str),
+    #[error("the memory of the other worker cannot be read: {0}")]
+    Unreachable(String),
     /// The block must not be used.
     #[error(
         "what landed has digest {:016x} and was sent with {:016x}: damaged on the way, or of another prefix or place",
@@ -34,6 +39,40 @@ pub fn transfer<T>() -> (Reply<T>, Transfer<T>) {
     oneshot::channel()
 }
 
+/// A pool as one range of this process's memory, block after block, for transports that read and write it themselves.
+#[derive(Clone)]
+pub struct Region {
+    pub address: usize,
+    pub bytes: usize,
+    /// What keeps the memory where it is.
+    _keep: Arc<dyn Any + Send + Sync>,
+}
+
+/// A run of a block's bytes, from the begin of the block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    pub at: usize,
+    pub bytes: usize,
+}
+
+impl Region {
+    /// `keep` owns the memory, which stays and is not moved while that lives.
+    pub fn new(address: usize, bytes: usize, keep: Arc<dyn Any + Send + Sync>) -> Region {
+        Region { address, bytes, _keep: keep }
+    }
+
+    /// Where a block begins.
+    pub fn block(&self, layout: &KvLayout, block: BlockId) -> usize {
+        self.address + block as usize * layout.block_bytes()
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes at {:#x}", self.bytes, self.address)
+    }
+}
+
 /// Access to the pool's bytes. Exclusive use of a block is the caller's duty and follows from
 /// [`crate::BlockPool`]: a block is read while an offer holds it and written while a reservation does.
 pub trait KvMemory: Send + Sync {
@@ -49,4 +88,17 @@ pub trait KvMemory: Send + Sync {
     /// Copies `payload` (the form `read` gives) into `block`, after step `after` and before every step submitted once the
     /// transfer has completed; completes with [`KvError::Damaged`] if what lies in the block then has another digest.
     fn write(&self, block: BlockId, rows: u32, payload: Payload, after: StepId) -> Transfer<()>;
+
+    /// Where the pool lies, if a transport may reach it without [`Self::read`] and [`Self::write`].
+    fn region(&self) -> Option<Region> {
+        None
+    }
+
+    /// The digest of the first `rows` tokens of every layer as they lie in `block`, after step `after`; of no rows it is a
+    /// fence: what was asked for before has been done. Every memory with a region has it.
+    fn digest(&self, _block: BlockId, _rows: u32, _after: StepId) -> Transfer<Digest> {
+        let (reply, transfer) = transfer();
+        let _ = reply.send(Err(KvError::NoRegion("it has no digests in place")));
+        transfer
+    }
 }

@@ -1,6 +1,7 @@
 //! Which source of membership a process uses, as it stands in its configuration file.
 
 use crate::{Error, EtcdTls, Membership, etcd::Etcd, registry_client::RegistryClient};
+use proto::Dial;
 use serde::{Deserialize, Serialize};
 use std::{sync::Arc, time::Duration};
 use tonic::transport::Endpoint;
@@ -84,12 +85,17 @@ impl MembershipConfig {
 pub fn connect(config: MembershipConfig) -> Result<Arc<dyn Membership>, Error> {
     config.check()?;
     match &config.registry {
-        Some(url) => Ok(Arc::new(RegistryClient::new(endpoint(url, "http://")?))),
+        Some(url) => registry(url, Dial::default()),
         None => {
             config.tls.as_ref().map(EtcdTls::read).transpose()?;
             Ok(Arc::new(Etcd::new(&config)))
         }
     }
+}
+
+/// A client of the registry at `url`, reached by `dial`.
+pub fn registry(url: &str, dial: Dial) -> Result<Arc<dyn Membership>, Error> {
+    Ok(Arc::new(RegistryClient::new(endpoint(url, "http://")?, dial)))
 }
 
 fn endpoint(url: &str, scheme: &'static str) -> Result<Endpoint, Error> {

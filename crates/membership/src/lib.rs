@@ -15,7 +15,7 @@ mod registry_client;
 mod retry;
 mod roster;
 
-pub use config::{MembershipConfig, connect};
+pub use config::{MembershipConfig, connect, registry};
 pub use error::Error;
 pub use etcd::EtcdTls;
 pub use memory::Memory;

@@ -1,6 +1,6 @@
-//! A source of membership inside one process, for simulated clusters: leases run out, the source can be away, and one
-//! observer can be cut off from it while others are not. Keeps the same contract as etcd and the registry; nothing
-//! survives the process.
+//! A source of membership inside one process, for simulated clusters: leases run out, the source can be away,
+//! and one observer can be cut off from it while others are not. Keeps the same contract as etcd and the
+//! registry; nothing survives the process.
 
 use crate::{Error, Membership, Registration, View, registration::Presence, roster::Roster};
 use proto::Member;
@@ -129,7 +129,8 @@ async fn hold(source: Memory, name: String, mut presence: Presence) {
     renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut changes, mut number) = (source.state.subscribe(), None);
     loop {
-        if changes.borrow_and_update().reached_by(&name) {
+        let reached = changes.borrow_and_update().reached_by(&name);
+        if reached {
             let member = presence.latest();
             let number = *number.get_or_insert_with(|| claim(&source, &member.id));
             if !put(&source, number, member) {
@@ -140,7 +141,7 @@ async fn hold(source: Memory, name: String, mut presence: Presence) {
         tokio::select! {
             () = &mut left => return leave(&source, &name, number, &presence.latest().id),
             _ = renew.tick() => {}
-            () = presence.changed() => {}
+            () = presence.changed(), if reached => {}
             () = reached_again(&mut changes, &name) => {}
         }
     }

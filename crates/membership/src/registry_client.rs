@@ -8,7 +8,7 @@ use crate::{
     roster::Roster,
 };
 use proto::{
-    JoinMessage, JoinReply, Keepalive, Member, WatchRequest, join_message::Message,
+    Dial, JoinMessage, JoinReply, Keepalive, Member, WatchRequest, join_message::Message,
     registry_client::RegistryClient as Client,
 };
 use std::{sync::OnceLock, time::Duration};
@@ -36,23 +36,25 @@ const DEFAULT_LEASE: Duration = Duration::from_secs(5);
 
 pub(crate) struct RegistryClient {
     endpoint: Endpoint,
+    dial: Dial,
     channel: OnceLock<Channel>,
     view: watch::Sender<View>,
     watcher: OnceLock<JoinHandle<()>>,
 }
 
 impl RegistryClient {
-    pub fn new(endpoint: Endpoint) -> Self {
+    pub fn new(endpoint: Endpoint, dial: Dial) -> Self {
         let endpoint = endpoint
             .connect_timeout(ANSWER)
             .http2_keep_alive_interval(PING)
             .keep_alive_timeout(PING)
             .keep_alive_while_idle(true);
-        Self { endpoint, channel: OnceLock::new(), view: watch::Sender::default(), watcher: OnceLock::new() }
+        let (channel, watcher) = (OnceLock::new(), OnceLock::new());
+        Self { endpoint, dial, channel, view: watch::Sender::default(), watcher }
     }
 
     fn client(&self) -> Client<Channel> {
-        let channel = self.channel.get_or_init(|| self.endpoint.connect_lazy());
+        let channel = self.channel.get_or_init(|| self.dial.channel(&self.endpoint));
         Client::new(channel.clone())
             .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(proto::MAX_MESSAGE_BYTES)

@@ -8,7 +8,7 @@ use crate::{
     pool,
 };
 use kernels::{Backend, EntryOutput, GraphKey, Random, Shape, StepInput};
-use kv::{BlockId, KvLayout, Payload, Reply};
+use kv::{BlockId, Digest, KvLayout, Payload, Region, Reply};
 use std::path::Path;
 
 #[derive(Clone, Debug, PartialEq)]
@@ -122,6 +122,16 @@ impl<B: Backend> ModelRunner<B> {
     /// Copies `payload` (the form `kv_read` gives) into a block.
     pub fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
         self.backend.kv_write(block, rows, payload, reply);
+    }
+
+    /// The digest of what lies in the first `rows` tokens of every layer of a block.
+    pub fn kv_digest(&mut self, block: BlockId, rows: u32, reply: Reply<Digest>) {
+        self.backend.kv_digest(block, rows, reply);
+    }
+
+    /// Where the pool lies, if transports may reach it.
+    pub fn kv_region(&self) -> Option<Region> {
+        self.backend.kv_region()
     }
 
     /// Breaks the device; see [`Backend::fail`].

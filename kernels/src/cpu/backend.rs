@@ -18,7 +18,7 @@ use crate::{
     Backend, DeviceMemory, Dtype, EntryOutput, Error, GateRule, GraphKey, MlaTensors, MlpTensors,
     QueryTensors, Random, Shape, StepInput, Tensor, Weights,
 };
-use kv::{BlockId, KvDtype, KvError, KvLayout, Payload, Reply};
+use kv::{BlockId, Digest, KvDtype, KvError, KvLayout, Payload, Region, Reply};
 use rayon::prelude::*;
 use std::time::Instant;
 
@@ -356,16 +356,19 @@ impl Backend for CpuBackend {
     }
 
     fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) {
-        self.transfer(reply, |pool| {
-            Ok(Payload { digest: pool.digest(block, rows)?, bytes: pool.read(block, rows)? })
-        });
+        self.transfer(reply, |pool| pool.read(block, rows));
     }
 
     fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
-        self.transfer(reply, |pool| {
-            pool.write(block, rows, &payload.bytes)?;
-            pool.digest(block, rows)?.expect(payload.digest)
-        });
+        self.transfer(reply, |pool| pool.write(block, rows, &payload.bytes)?.expect(payload.digest));
+    }
+
+    fn kv_digest(&mut self, block: BlockId, rows: u32, reply: Reply<Digest>) {
+        self.transfer(reply, |pool| pool.digest(block, rows));
+    }
+
+    fn kv_region(&self) -> Option<Region> {
+        self.prepared.as_ref().map(|prepared| prepared.pool.region())
     }
 
     fn fail(&mut self) -> Result<(), Error> {

@@ -9,6 +9,7 @@ mod feed_forward;
 mod gate;
 mod lanes;
 mod matrix;
+mod memory;
 mod mla;
 mod peak;
 mod philox;

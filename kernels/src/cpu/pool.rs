@@ -1,15 +1,17 @@
 //! The KV pool: `[block][layer][token][row]` of f32 in one allocation whose pages the system provides when they are
 //! first written.
 
+use super::memory::HostMemory;
 use crate::Error;
 use bytes::Bytes;
-use kv::{BlockId, Digest, KvError, KvLayout};
+use kv::{BlockId, Digest, HashedCopy, KvError, KvLayout, Payload, Region};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 pub struct KvPool {
     layout: KvLayout,
     blocks: u32,
-    values: Vec<f32>,
+    memory: Arc<HostMemory>,
 }
 
 impl KvPool {
@@ -17,14 +19,27 @@ impl KvPool {
         let too_big =
             || Error::Device(format!("{blocks} KV blocks of {} bytes do not fit", layout.block_bytes()));
         let elements = (layout.block_bytes() / 4).checked_mul(blocks as usize).ok_or_else(too_big)?;
-        isize::try_from(elements).ok().and_then(|n| n.checked_mul(4)).ok_or_else(too_big)?;
-        // Zeroed by the system, page by page, when touched.
-        Ok(KvPool { layout, blocks, values: vec![0.0; elements] })
+        let memory = HostMemory::zeroed(elements).ok_or_else(too_big)?;
+        Ok(KvPool { layout, blocks, memory: Arc::new(memory) })
+    }
+
+    fn values(&self) -> &[f32] {
+        self.memory.values()
+    }
+
+    fn values_mut(&mut self) -> &mut [f32] {
+        // SAFETY: the pool is borrowed mutably, and transports use only blocks that nobody asks it for meanwhile.
+        unsafe { self.memory.values_mut() }
+    }
+
+    /// Where it lies.
+    pub fn region(&self) -> Region {
+        self.memory.region()
     }
 
     /// Element `index` of the allocation becomes `value(index)`.
     pub fn fill(&mut self, value: impl Fn(usize) -> f32 + Sync) {
-        self.values.par_iter_mut().enumerate().for_each(|(index, element)| *element = value(index));
+        self.values_mut().par_iter_mut().enumerate().for_each(|(index, element)| *element = value(index));
     }
 
     pub fn layout(&self) -> KvLayout {
@@ -42,19 +57,20 @@ impl KvPool {
 
     /// The rows of one layer of a block.
     pub fn block(&self, block: BlockId, layer: usize) -> &[f32] {
-        &self.values[self.offset(block, layer)..][..self.layer_elements()]
+        &self.values()[self.offset(block, layer)..][..self.layer_elements()]
     }
 
     pub fn row_mut(&mut self, block: BlockId, layer: usize, token: usize) -> &mut [f32] {
         let row = self.row();
         let start = self.offset(block, layer) + token * row;
-        &mut self.values[start..][..row]
+        &mut self.values_mut()[start..][..row]
     }
 
-    pub fn read(&self, block: BlockId, rows: u32) -> Result<Bytes, KvError> {
-        let mut payload = Vec::with_capacity(self.layout.payload_bytes(rows));
-        self.layers(block, rows)?.for_each(|layer| payload.extend_from_slice(layer));
-        Ok(Bytes::from(payload))
+    pub fn read(&self, block: BlockId, rows: u32) -> Result<Payload, KvError> {
+        let (mut copy, mut bytes) =
+            (HashedCopy::default(), Vec::with_capacity(self.layout.payload_bytes(rows)));
+        self.layers(block, rows)?.for_each(|layer| copy.append(layer, &mut bytes));
+        Ok(Payload { bytes: Bytes::from(bytes), digest: copy.digest() })
     }
 
     /// Of the rows as they lie here.
@@ -70,18 +86,20 @@ impl KvPool {
         Ok(layers.map(move |layer| bytes(&self.block(block, layer)[..elements])))
     }
 
-    pub fn write(&mut self, block: BlockId, rows: u32, payload: &[u8]) -> Result<(), KvError> {
+    /// The digest of what lies there afterwards.
+    pub fn write(&mut self, block: BlockId, rows: u32, payload: &[u8]) -> Result<Digest, KvError> {
         self.check(block)?;
         let (elements, expected) = (self.elements(rows)?, self.layout.payload_bytes(rows));
         if payload.len() != expected {
             return Err(KvError::WrongLength { rows, expected, found: payload.len() });
         }
+        let mut copy = HashedCopy::default();
         for layer in 0..self.layout.layers as usize {
             let start = self.offset(block, layer);
             let from = &payload[layer * elements * 4..][..elements * 4];
-            bytes_mut(&mut self.values[start..][..elements]).copy_from_slice(from);
+            copy.copy(from, bytes_mut(&mut self.values_mut()[start..][..elements]));
         }
-        Ok(())
+        Ok(copy.digest())
     }
 
     fn check(&self, block: BlockId) -> Result<(), KvError> {
@@ -135,10 +153,11 @@ mod tests {
             (0..4).for_each(|token| from.row_mut(3, layer, token).fill((10 * layer + token) as f32));
         }
         let payload = from.read(3, 2).unwrap();
-        assert_eq!(payload.len(), from.layout().payload_bytes(2));
-        assert_eq!(from.digest(3, 2).unwrap(), Digest::of(&payload));
+        assert_eq!(payload.bytes.len(), from.layout().payload_bytes(2));
+        assert_eq!(payload, Payload::new(payload.bytes.clone()));
         let mut to = pool();
-        to.write(1, 2, &payload).unwrap();
+        assert_eq!(to.write(1, 2, &payload.bytes).unwrap(), payload.digest);
+        assert_eq!(to.digest(1, 2).unwrap(), payload.digest);
         assert_eq!(to.block(1, 1)[..6], [10.0, 10.0, 10.0, 11.0, 11.0, 11.0]);
         assert_eq!(to.block(1, 0)[6..], [0.0; 6], "rows that were not sent stay");
     }

@@ -23,6 +23,9 @@ pub struct Args {
     /// Transfers by each way
     #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
+    /// Measure NIXL as well, in a binary built with the feature rdma
+    #[arg(long)]
+    nixl: bool,
     /// Write the figures to this file as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -56,5 +59,6 @@ fn options(args: &Args) -> Options {
         block_bytes: args.block_kb.iter().map(|kb| (*kb as usize) << 10).collect(),
         bytes: (args.mb as usize) << 20,
         rounds: args.rounds as usize,
+        nixl: args.nixl,
     }
 }

@@ -26,6 +26,9 @@ pub struct WorkerArgs {
     /// What computes: cpu, cuda (Hopper GPUs, in a binary built with the feature cuda), or sim (nothing: times and answers are simulated)
     #[arg(long, value_name = "NAME")]
     backend: Option<String>,
+    /// How KV blocks get from prefill to decode: grpc, or nixl (in a binary built with the feature rdma); the same for all workers
+    #[arg(long, value_name = "NAME")]
+    transport: Option<Transport>,
     /// Hugging Face directory of the model [default: the demo model]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
@@ -44,6 +47,12 @@ pub struct WorkerArgs {
     /// Blocks of the KV pool, whatever the share and the MiB
     #[arg(long, value_name = "N")]
     kv_blocks: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Transport {
+    Grpc,
+    Nixl,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -90,6 +99,7 @@ impl WorkerArgs {
     fn override_settings(self, config: &mut worker::Config) {
         replace(&mut config.role, self.role.map(Into::into));
         replace(&mut config.backend, self.backend);
+        replace(&mut config.handoff.transport, self.transport.map(Into::into));
         replace(&mut config.model, self.model);
         replace(&mut config.load_format, self.load_format.map(Into::into));
         replace(&mut config.seed, self.seed);
@@ -102,6 +112,15 @@ impl WorkerArgs {
 fn replace<T>(value: &mut T, by: Option<T>) {
     if let Some(by) = by {
         *value = by;
+    }
+}
+
+impl From<Transport> for worker::Transport {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Grpc => worker::Transport::Grpc,
+            Transport::Nixl => worker::Transport::Nixl,
+        }
     }
 }
 

@@ -36,6 +36,9 @@ pub struct Args {
     /// What computes: cpu, cuda (Hopper GPUs, in a binary built with the feature cuda), or sim (nothing: times and answers are simulated)
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     backend: String,
+    /// How KV blocks get from prefill to decode: grpc, or nixl (in a binary built with the feature rdma)
+    #[arg(long, value_name = "NAME", default_value = "grpc")]
+    transport: crate::serve::Transport,
     /// Keep the membership in this etcd instead of in the router
     #[arg(long, value_name = "URL,URL", value_delimiter = ',')]
     etcd: Vec<String>,

@@ -71,10 +71,14 @@ impl Router {
         Ok(Router { source: Source::new(&config)?, config, dial: Dial::default() })
     }
 
-    /// With a membership from outside, whatever the configuration names.
-    pub fn of(config: Config, members: Arc<dyn Membership>, dial: Dial) -> Result<Self, Error> {
-        config.check().map_err(Error::Config)?;
-        Ok(Router { config, source: Source::Outside(members), dial })
+    /// With this membership, whatever the configuration names.
+    pub fn with_members(self, members: Arc<dyn Membership>) -> Self {
+        Router { source: Source::Outside(members), ..self }
+    }
+
+    /// Reaching workers by `dial`.
+    pub fn with_dial(self, dial: Dial) -> Self {
+        Router { dial, ..self }
     }
 
     /// On ports that are there already.

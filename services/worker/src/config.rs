@@ -119,6 +119,18 @@ pub struct Handoff {
     pub window_kb: u64,
     /// Times that one block may be offered before the delivery fails.
     pub tries: u32,
+    /// How blocks get from prefill to decode. All workers must agree.
+    pub transport: Transport,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// In the messages of the hand-off.
+    #[default]
+    Grpc,
+    /// Decode reads them out of prefill's memory: RDMA, or what NIXL finds. Needs a binary built with the feature `rdma`, and NIXL.
+    Nixl,
 }
 
 /// What [`Config::backend`] may name. `cuda` needs a binary built with the feature of that name, and a Hopper GPU; `sim`
@@ -181,7 +193,7 @@ impl Default for Liveness {
 
 impl Default for Handoff {
     fn default() -> Self {
-        Handoff { window_kb: 16 << 10, tries: 3 }
+        Handoff { window_kb: 16 << 10, tries: 3, transport: Transport::default() }
     }
 }
 
@@ -222,7 +234,24 @@ impl Config {
             return Err(wrong("liveness.silence_ms", "is too short", "give more than twice heartbeat_ms"));
         }
         self.check_advertised()?;
+        self.check_transport()?;
         Ok(self.membership.check()?)
+    }
+
+    /// What would be refused after the model is loaded.
+    fn check_transport(&self) -> Result<(), Error> {
+        if self.handoff.transport == Transport::Grpc {
+            return Ok(());
+        }
+        if self.backend != "cpu" {
+            let fix = "use grpc, or backend = \"cpu\": memory of a device is not registered yet";
+            return Err(wrong(
+                "handoff.transport",
+                "is nixl, but of this backend its KV pool is not in host memory",
+                fix,
+            ));
+        }
+        handoff::nixl::check().map_err(Error::Transport)
     }
 
     fn check_advertised(&self) -> Result<(), Error> {
@@ -258,6 +287,16 @@ impl Config {
 
 fn wrong(key: &'static str, what: &'static str, fix: &'static str) -> Error {
     Error::Config { key, what, fix }
+}
+
+impl Transport {
+    /// As configuration and metrics have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Transport::Grpc => "grpc",
+            Transport::Nixl => "nixl",
+        }
+    }
 }
 
 impl Role {
@@ -300,6 +339,7 @@ mod tests {
             ("block_tokens = 0", "block_tokens"),
             ("max_reserved_share = 1.5", "max_reserved_share"),
             ("gpu_memory_utilization = 90", "gpu_memory_utilization"),
+            ("handoff.transport = \"rdma\"", "unknown variant `rdma`, expected `grpc` or `nixl`"),
             ("load_format = \"gguf\"", "unknown variant `gguf`"),
             ("listen = \"0.0.0.0:7000\"", "advertise"),
             ("liveness.silence_ms = 1500", "silence_ms"),

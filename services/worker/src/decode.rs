@@ -119,8 +119,7 @@ impl Life {
         let (blocks_present, blocks_needed) = (plan.present, plan.bindings.len() as u32);
         let reserved = proto::Reserved { blocks_present, blocks_needed, ..Default::default() };
         let engine = shared.engine.clone();
-        let (mut incoming, inbox) =
-            Incoming::new(plan, shared.memory.clone(), move || engine.last_submitted());
+        let (mut incoming, inbox) = Incoming::new(plan, shared.pool.clone(), move || engine.last_submitted());
         let outcome = self.receive(&mut incoming, inbox, reserved).await;
         shared.metrics.handed_off(&incoming.received(), &outcome);
         let reservation = settle(&shared, reservation, incoming).await;

@@ -12,6 +12,8 @@ pub enum Error {
     Listen { address: std::net::SocketAddr, cause: std::io::Error },
     #[error("cannot load the model: {0}")]
     Model(#[from] model::Error),
+    #[error("`handoff.transport`: {0}")]
+    Transport(handoff::Error),
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
     #[error("the engine stopped: {0}; the worker cannot go on and must be started again")]

@@ -40,6 +40,8 @@ pub struct Options {
     pub bytes: usize,
     /// Transfers by each way.
     pub rounds: usize,
+    /// Measure NIXL as well.
+    pub nixl: bool,
 }
 
 /// How bytes come from one process to the other.
@@ -50,14 +52,25 @@ pub enum Way {
     /// A connection and nothing else.
     Tcp,
     Grpc(Memory),
+    /// The receiver reads through NIXL.
+    Nixl(Memory),
 }
 
-const WAYS: [Way; 5] = [
+impl Way {
+    fn direct(self) -> bool {
+        matches!(self, Way::Nixl(_))
+    }
+}
+
+const WAYS: [Way; 8] = [
     Way::Copy,
     Way::Tcp,
     Way::Grpc(Memory::HostUnchecked),
     Way::Grpc(Memory::Host),
     Way::Grpc(Memory::Backend),
+    Way::Nixl(Memory::HostUnchecked),
+    Way::Nixl(Memory::Host),
+    Way::Nixl(Memory::Backend),
 ];
 
 impl fmt::Display for Way {
@@ -68,6 +81,9 @@ impl fmt::Display for Way {
             Way::Grpc(Memory::HostUnchecked) => "gRPC, host memory, no digests",
             Way::Grpc(Memory::Host) => "gRPC, host memory",
             Way::Grpc(Memory::Backend) => "gRPC, KV pool of the backend",
+            Way::Nixl(Memory::HostUnchecked) => "NIXL, host memory, no digests",
+            Way::Nixl(Memory::Host) => "NIXL, host memory",
+            Way::Nixl(Memory::Backend) => "NIXL, KV pool of the backend",
         })
     }
 }
@@ -96,10 +112,11 @@ async fn measure_size(
     let blocks = blocks(options.bytes, block_bytes);
     let (backend, shared) = (Some(options.backend.clone()), Some(shared.to_path_buf()));
     carrier.prepare(Size { block_bytes, blocks, backend, shared }).await?;
-    let mut runs: Vec<Vec<Run>> = vec![Vec::new(); WAYS.len()];
+    let ways: Vec<Way> = WAYS.into_iter().filter(|way| options.nixl || !way.direct()).collect();
+    let mut runs: Vec<Vec<Run>> = vec![Vec::new(); ways.len()];
     // The first round warms up.
     for round in 0..=options.rounds {
-        for (way, runs) in WAYS.iter().zip(&mut runs) {
+        for (way, runs) in ways.iter().zip(&mut runs) {
             let run = carrier.run(*way, AT_ONCE).await?;
             tracing::debug!(%way, round, ?run);
             if round > 0 {
@@ -107,8 +124,8 @@ async fn measure_size(
             }
         }
     }
-    let bytes = WAYS.iter().map(|way| carrier.bytes(*way)).collect::<Result<Vec<_>, _>>()?;
-    let ways = figures::compare(&WAYS, &bytes, &runs, link);
+    let bytes = ways.iter().map(|way| carrier.bytes(*way)).collect::<Result<Vec<_>, _>>()?;
+    let ways = figures::compare(&ways, &bytes, &runs, link);
     Ok(SizeFigures { block_bytes, blocks, rounds: options.rounds, ways })
 }
 

@@ -23,10 +23,10 @@ mod serve;
 mod shared;
 pub mod simulated;
 
-pub use config::{BACKENDS, Config, GPU_SHARE, Handoff, Liveness, LoadFormat, Role};
+pub use config::{BACKENDS, Config, GPU_SHARE, Handoff, Liveness, LoadFormat, Role, Transport};
 pub use convert::Bounds;
 pub use error::Error;
-pub use load::{Loaded, OnStep, engine_config};
+pub use load::{Loaded, OnStep, engine_config, loaded};
 pub use member::Addresses;
 pub use serve::{Place, run, serve};
 pub use shared::Identity;

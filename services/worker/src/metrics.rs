@@ -1,27 +1,27 @@
 //! What this worker shows of itself: the pool, the steps, the hand-offs that came in. Hand-offs are counted where
 //! they land, so that the sum over all workers counts each once.
 
-use crate::{Role, call::Stop};
+use crate::{Role, Transport, call::Stop};
 use engine::{EngineLoad, StepRecord};
 use handoff::receive::{Outcome, Received};
 use proto::ErrorCode;
 use telemetry::{Registry, worker};
 
-const TRANSPORT: &str = "grpc";
-
 #[derive(Clone)]
 pub struct Metrics {
     role: &'static str,
+    transport: &'static str,
     inner: worker::Metrics,
 }
 
 impl Metrics {
-    pub fn new(role: Role, registry: &mut Registry) -> Self {
+    pub fn new(role: Role, transport: Transport, registry: &mut Registry) -> Self {
         let inner = worker::Metrics::new(registry);
-        inner.count_bytes(TRANSPORT, 0);
-        inner.count_refused(TRANSPORT, 0);
-        inner.count_overdue(TRANSPORT, 0);
-        Metrics { role: role.name(), inner }
+        let transport = transport.name();
+        inner.count_bytes(transport, 0);
+        inner.count_refused(transport, 0);
+        inner.count_overdue(transport, 0);
+        Metrics { role: role.name(), transport, inner }
     }
 
     pub fn loaded(&self, load: &EngineLoad) {
@@ -43,8 +43,8 @@ impl Metrics {
     }
 
     pub fn handed_off(&self, received: &Received, outcome: &Result<Outcome, Stop>) {
-        self.inner.count_bytes(TRANSPORT, received.bytes);
-        self.inner.count_refused(TRANSPORT, received.refused.into());
+        self.inner.count_bytes(self.transport, received.bytes);
+        self.inner.count_refused(self.transport, received.refused.into());
         self.overdue(received.overdue);
         self.inner.count_handoff(label(outcome));
         if received.blocks > 0 && matches!(outcome, Ok(Outcome::Complete(_))) {
@@ -54,7 +54,7 @@ impl Metrics {
 
     /// Blocks that took longer to land than they may.
     pub fn overdue(&self, blocks: u32) {
-        self.inner.count_overdue(TRANSPORT, blocks.into());
+        self.inner.count_overdue(self.transport, blocks.into());
     }
 }
 

@@ -85,7 +85,7 @@ async fn live(
         Box::new(move || shared.heartbeat())
     };
     let options = shared.config.deliver();
-    let delivery = Delivery::open(channel, order, shared.memory.clone(), pulse, options, metadata);
+    let delivery = Delivery::open(channel, order, shared.pool.clone(), pulse, options, metadata);
     Prefilling { call, running, delivery, spec, phase: Phase::Prefilling, ended: None }.run().await
 }
 

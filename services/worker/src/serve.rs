@@ -32,7 +32,7 @@ use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
 };
-use tokio_stream::{Stream, wrappers::TcpListenerStream};
+use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 
@@ -46,7 +46,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
     let Listeners { grpc, admin, addresses } = Listeners::bind(&config).await?;
     addresses.announce();
     let place = Place { addresses, membership, dial: Dial::default() };
-    serve(config, place, TcpListenerStream::new(grpc), admin, load::load, shutdown).await
+    serve(config, place, handoff::transport::incoming(grpc), admin, load::load, shutdown).await
 }
 
 /// Where a worker stands among others.
@@ -73,7 +73,7 @@ where
     F: Future<Output = Result<Loaded, Error>>,
 {
     let mut registry = Registry::default();
-    let metrics = Metrics::new(config.role, &mut registry);
+    let metrics = Metrics::new(config.role, config.handoff.transport, &mut registry);
     let (ready, readiness) = watch::channel(Readiness::not("loading the model"));
     let (current, pool) = watch::channel(None);
     let asked = CancellationToken::new();
@@ -98,7 +98,7 @@ where
         }
     };
     let Place { addresses, membership, dial } = place;
-    let shared = Arc::new(Shared::new(config, dial, engine, identity, metrics));
+    let shared = Arc::new(Shared::new(config, dial, engine, identity, metrics)?);
     shared.metrics.loaded(&shared.load());
     current.send_replace(Some(shared.clone()));
     let server = Server::spawn(|stop| grpc(incoming, shared.clone(), stop));

@@ -2,9 +2,11 @@
 //! ways in which work ends.
 
 use crate::{
-    Config, Role, channels::Channels, convert::Bounds, metrics::Metrics, reservations::Reservations,
+    Config, Role, Transport, channels::Channels, convert::Bounds, metrics::Metrics,
+    reservations::Reservations,
 };
 use engine::{EngineHandle, EngineLoad};
+use handoff::{direct::Pool, nixl};
 use kv::{KvLayout, KvMemory};
 use proto::{Dial, Error, ErrorCode};
 use std::{future::Future, sync::Arc, time::Duration};
@@ -15,7 +17,8 @@ pub struct Shared {
     pub id: String,
     pub config: Config,
     pub engine: EngineHandle,
-    pub memory: Arc<dyn KvMemory>,
+    /// The engine's blocks, and how others get their bytes.
+    pub pool: Pool,
     pub layout: KvLayout,
     pub layout_fingerprint: u64,
     pub weights_fingerprint: u64,
@@ -47,11 +50,13 @@ impl Shared {
         engine: EngineHandle,
         identity: Identity,
         metrics: Metrics,
-    ) -> Self {
+    ) -> Result<Self, crate::Error> {
         let memory = engine.kv_memory();
         let layout = memory.layout();
-        Shared {
-            id: format!("{}-{}", config.role.name(), uuid::Uuid::new_v4()),
+        let id = format!("{}-{}", config.role.name(), uuid::Uuid::new_v4());
+        Ok(Shared {
+            pool: pool(config.handoff.transport, &id, &memory).map_err(crate::Error::Transport)?,
+            id,
             load: engine.load(),
             layout,
             layout_fingerprint: layout.fingerprint(),
@@ -63,11 +68,10 @@ impl Shared {
             moving: CancellationToken::new(),
             stopping: CancellationToken::new(),
             calls: watch::Sender::new(()),
-            memory,
             engine,
             config,
             metrics,
-        }
+        })
     }
 
     pub fn role(&self) -> Role {
@@ -154,4 +158,12 @@ impl Shared {
 
 pub fn engine_lost(cause: &str) -> Error {
     Error::new(ErrorCode::WorkerLost, format!("the engine of this worker stopped: {cause}"))
+}
+
+/// `id` names this incarnation: what others know of its memory dies with it.
+fn pool(transport: Transport, id: &str, memory: &Arc<dyn KvMemory>) -> Result<Pool, handoff::Error> {
+    match transport {
+        Transport::Grpc => Ok(memory.clone().into()),
+        Transport::Nixl => Pool::direct(memory.clone(), nixl::open(id, &**memory)?),
+    }
 }

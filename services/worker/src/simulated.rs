@@ -1,5 +1,6 @@
-//! A worker that computes nothing: what its device simulates, and how long that takes. Reads only config.json of the
-//! model. Two such workers exchange blocks as real ones do, but none with a real one: weights and layout differ.
+//! A worker that computes nothing: what its device simulates, and how long that takes. Reads only config.json
+//! of the model. Two such workers exchange blocks as real ones do, but none with a real one: weights and
+//! layout differ.
 
 use crate::{Config, Error};
 use engine::{
@@ -15,11 +16,11 @@ const BLOCKS: u32 = 4096;
 /// An answer ends by itself after so many tokens on average.
 const ANSWER: u32 = 100;
 
-/// Time of a step on the backend `sim`: `base_us`, and so much more for each part of it.
+/// Time of a step on the backend `sim`: `launch_us`, and so much more for each part of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Cost {
-    pub base_us: u64,
+    pub launch_us: u64,
     /// A sequence that decodes.
     pub sequence_us: u64,
     /// A row of the cache that a decoding sequence attends to.
@@ -30,9 +31,9 @@ pub struct Cost {
 
 impl Default for Cost {
     fn default() -> Self {
-        let StepCost { base, sequence, context, prompt } = StepCost::default();
+        let StepCost { launch, sequence, context, prompt } = StepCost::default();
         Cost {
-            base_us: base.as_micros() as u64,
+            launch_us: launch.as_micros() as u64,
             sequence_us: sequence.as_micros() as u64,
             context_ns: context.as_nanos() as u64,
             prompt_us: prompt.as_micros() as u64,
@@ -43,7 +44,7 @@ impl Default for Cost {
 impl From<&Cost> for StepCost {
     fn from(cost: &Cost) -> Self {
         StepCost {
-            base: Duration::from_micros(cost.base_us),
+            launch: Duration::from_micros(cost.launch_us),
             sequence: Duration::from_micros(cost.sequence_us),
             context: Duration::from_nanos(cost.context_ns),
             prompt: Duration::from_micros(cost.prompt_us),

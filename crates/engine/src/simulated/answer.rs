@@ -1,5 +1,6 @@
-//! What a simulated model says: logits as a function of the fingerprint of everything before, sampled as on the CPU.
-//! [`next_token`] is the definition, from tokens alone; what the executor finds in its blocks must come to the same.
+//! What a simulated model says: logits as a function of the fingerprint of everything before, sampled as on
+//! the CPU. [`next_token`] is the definition, from tokens alone; what the executor finds in its blocks must
+//! come to the same.
 
 use kernels::{
     Logprobs, SampledToken, Sampling,
@@ -28,7 +29,8 @@ pub(super) fn mix(a: u64, b: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// The row of `token` behind the row `before` (0 at the beginning): the fingerprint of the prefix that ends with it.
+/// The row of `token` behind the row `before` (0 at the beginning): the fingerprint of the prefix that ends
+/// with it.
 pub(super) fn row(before: u64, position: usize, token: u32) -> u64 {
     mix(before, mix(position as u64 + 1, u64::from(token) + 1))
 }

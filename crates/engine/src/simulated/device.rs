@@ -1,4 +1,5 @@
-//! Rows, slots, and the order of what is done to them. Says so when the engine asks for what no device could do.
+//! Rows, slots, and the order of what is done to them. Says so when the engine asks for what no device could
+//! do.
 
 use super::{
     SimOptions,

@@ -1,6 +1,7 @@
-//! The executor without a model. A step takes the time that a formula says, and what it gives depends on every row of the
-//! KV cache that its block tables lead to: a lost, stale or misplaced block changes the answer. Everything else about it
-//! is as real: the layout of the bytes, their order against steps, digests, sampling, logprobs.
+//! The executor without a model. A step takes the time that a formula says, and what it gives depends on
+//! every row of the KV cache that its block tables lead to: a lost, stale or misplaced block changes the
+//! answer. Everything else about it is as real: the layout of the bytes, their order against steps, digests,
+//! sampling, logprobs.
 //!
 //! Work is done when it is collected, as late as the contract allows, and strictly in order.
 

@@ -169,6 +169,7 @@ impl Cluster {
         let mut set = vec![
             format!("role={role}"),
             format!("backend={}", args.backend),
+            format!("handoff.transport={}", worker::Transport::from(args.transport).name()),
             format!("model={}", json!(self.model)),
             format!("served_model_name={}", json!(self.name)),
             format!("threads={}", args.threads),

@@ -8,6 +8,7 @@ use super::{
 use crate::Error;
 use handoff::{
     deliver::{Delivery, Options, Order, Progress},
+    direct::Pool,
     transport,
 };
 use std::{
@@ -87,7 +88,7 @@ impl Carrier {
         let (size, memories) = self.prepared()?;
         let block = match way {
             Way::Copy | Way::Tcp => size.block_bytes,
-            Way::Grpc(memory) => memories.get(memory)?.layout().block_bytes(),
+            Way::Grpc(memory) | Way::Nixl(memory) => memories.get(memory)?.layout().block_bytes(),
         };
         Ok(block * size.blocks as usize)
     }
@@ -99,7 +100,8 @@ impl Carrier {
         let (seconds, tail_seconds) = match way {
             Way::Copy => (0.0, 0.0),
             Way::Tcp => (tokio::task::block_in_place(|| self.send())?, 0.0),
-            Way::Grpc(memory) => self.deliver(memory, pace).await?,
+            Way::Grpc(memory) => self.deliver(self.memories()?.get(memory)?.into(), memory, pace).await?,
+            Way::Nixl(memory) => self.deliver(self.memories()?.nixl(memory)?, memory, pace).await?,
         };
         let own = cpu_seconds() - cpu;
         let Said::Done { seconds: theirs, cpu_seconds } = hear(&mut self.said).await? else {
@@ -112,6 +114,10 @@ impl Carrier {
 
     fn prepared(&self) -> Result<(&Size, &Arc<Memories>), Error> {
         self.size.as_ref().zip(self.memories.as_ref()).ok_or_else(|| failed("nothing was prepared"))
+    }
+
+    fn memories(&self) -> Result<&Memories, Error> {
+        Ok(self.prepared()?.1)
     }
 
     async fn ask(&mut self, ask: &Ask) -> Result<(), Error> {
@@ -130,15 +136,14 @@ impl Carrier {
     }
 
     /// As a prefill worker does. Seconds in all, and from the last block computed on.
-    async fn deliver(&self, memory: super::Memory, pace: Pace) -> Result<(f64, f64), Error> {
-        let memory = self.prepared()?.1.get(memory)?;
-        let order = self.order(&*memory);
+    async fn deliver(&self, pool: Pool, memory: super::Memory, pace: Pace) -> Result<(f64, f64), Error> {
+        let order = self.order(&*self.memories()?.get(memory)?);
         let blocks = order.bindings.len() as u32;
         let began = Instant::now();
         let pulse = Box::new(proto::Heartbeat::default);
         let options = Options { silence: ANSWER, ..Options::default() };
         let channel = self.channel.clone();
-        let mut delivery = Delivery::open(channel, order, memory, pulse, options, MetadataMap::new());
+        let mut delivery = Delivery::open(channel, order, pool, pulse, options, MetadataMap::new());
         let computed = compute(&mut delivery, blocks, pace).await?;
         delivery.first_token(commit(blocks));
         while let Progress::Release(_) = delivery.next().await.map_err(failed)? {}

@@ -3,10 +3,14 @@
 
 use crate::{Error, load};
 use bytes::Bytes;
-use kv::{BlockId, Digest, KvDtype, KvError, KvLayout, KvMemory, Payload, Reply, StepId, Transfer};
+use handoff::{direct::Direct, nixl};
+use kv::{
+    BlockId, Digest, HashedCopy, KvDtype, KvError, KvLayout, KvMemory, Payload, Region, Reply, StepId,
+    Transfer,
+};
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -62,6 +66,8 @@ fn layers(block_bytes: usize, dtype: KvDtype) -> u32 {
 pub struct Memories {
     pub pool: Pool,
     memories: HashMap<Memory, Arc<dyn KvMemory>>,
+    /// Opened when first asked for.
+    direct: Mutex<HashMap<Memory, Arc<dyn Direct>>>,
 }
 
 impl Memories {
@@ -74,12 +80,31 @@ impl Memories {
         if let Some(backend) = &size.backend {
             memories.insert(Memory::Backend, load::pool(backend, &model(size), size.blocks)?);
         }
-        Ok(Memories { pool, memories })
+        Ok(Memories { pool, memories, direct: Mutex::default() })
+    }
+
+    /// A memory whose blocks are read through NIXL.
+    pub fn nixl(&self, memory: Memory) -> Result<handoff::direct::Pool, Error> {
+        let of = self.get(memory)?;
+        let mut direct = self.direct.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = match direct.entry(memory) {
+            Entry::Occupied(open) => open.into_mut(),
+            Entry::Vacant(none) => {
+                let block_bytes = of.layout().block_bytes();
+                let member = format!("bench-handoff-{}-{memory:?}-{block_bytes}", std::process::id());
+                none.insert(nixl::open(&member, &*of).map_err(refused)?)
+            }
+        };
+        handoff::direct::Pool::direct(of, open.clone()).map_err(refused)
     }
 
     pub fn get(&self, memory: Memory) -> Result<Arc<dyn KvMemory>, Error> {
         self.memories.get(&memory).cloned().ok_or_else(|| Error::Measure(format!("{memory:?} was not made")))
     }
+}
+
+fn refused(error: handoff::Error) -> Error {
+    Error::Measure(error.to_string())
 }
 
 /// config.json of a model whose blocks have the size on the backend and that is small in everything else.
@@ -96,7 +121,7 @@ fn model(size: &Size) -> String {
     .to_string()
 }
 
-/// The bytes of the host memories, one block after the other.
+/// The bytes of the host memories, one block after the other, at the same place as long as there is one of them.
 #[derive(Clone)]
 pub struct Pool(Arc<Mutex<Vec<u8>>>);
 
@@ -110,26 +135,34 @@ impl Pool {
     pub fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn region(&self) -> Region {
+        let pool = self.lock();
+        Region::new(pool.as_ptr() as usize, pool.len(), self.0.clone())
+    }
 }
 
 /// One thread copies, in the order of asking, as the executor's does.
 struct HostMemory {
     layout: KvLayout,
     blocks: u32,
+    region: Region,
     commands: SyncSender<Command>,
 }
 
 enum Command {
     Read(usize, usize, Reply<Payload>),
     Write(usize, Payload, Reply<()>),
+    Digest(usize, usize, Reply<Digest>),
 }
 
 impl HostMemory {
     fn spawn(layout: KvLayout, blocks: u32, pool: Pool, checked: bool) -> Result<Arc<dyn KvMemory>, Error> {
         let (commands, received) = sync_channel(COMMANDS);
+        let region = pool.region();
         let thread = thread::Builder::new().name("host-memory".to_owned());
         thread.spawn(move || serve(&pool, &received, checked)).map_err(Error::Thread)?;
-        Ok(Arc::new(HostMemory { layout, blocks, commands }))
+        Ok(Arc::new(HostMemory { layout, blocks, region, commands }))
     }
 
     fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Transfer<T> {
@@ -157,6 +190,15 @@ impl KvMemory for HostMemory {
         let at = block as usize * self.layout.block_bytes();
         self.ask(|reply| Command::Write(at, payload, reply))
     }
+
+    fn region(&self) -> Option<Region> {
+        Some(self.region.clone())
+    }
+
+    fn digest(&self, block: BlockId, rows: u32, _: StepId) -> Transfer<Digest> {
+        let (at, bytes) = (block as usize * self.layout.block_bytes(), self.layout.payload_bytes(rows));
+        self.ask(|reply| Command::Digest(at, bytes, reply))
+    }
 }
 
 /// Whole blocks only, which lie as they travel. Until nobody can ask any more.
@@ -164,19 +206,37 @@ fn serve(pool: &Pool, commands: &Receiver<Command>, checked: bool) {
     for command in commands {
         match command {
             Command::Read(at, bytes, reply) => {
-                let from = &pool.lock()[at..][..bytes];
-                let digest = if checked { Digest::of(from) } else { Digest(0) };
-                let _ = reply.send(Ok(Payload { bytes: Bytes::copy_from_slice(from), digest }));
+                let _ = reply.send(Ok(read(&pool.lock()[at..][..bytes], checked)));
             }
             Command::Write(at, payload, reply) => {
                 let to = &mut pool.lock()[at..][..payload.bytes.len()];
-                to.copy_from_slice(&payload.bytes);
-                let intact: Result<(), KvError> =
-                    if checked { Digest::of(to).expect(payload.digest) } else { Ok(()) };
-                let _ = reply.send(intact);
+                let _ = reply.send(write(to, &payload, checked));
+            }
+            Command::Digest(at, bytes, reply) => {
+                let of = &pool.lock()[at..][..bytes];
+                let _ = reply.send(Ok(if checked { Digest::of(of) } else { Digest(0) }));
             }
         }
     }
+}
+
+fn read(from: &[u8], checked: bool) -> Payload {
+    if !checked {
+        return Payload { bytes: Bytes::copy_from_slice(from), digest: Digest(0) };
+    }
+    let (mut copy, mut bytes) = (HashedCopy::default(), Vec::with_capacity(from.len()));
+    copy.append(from, &mut bytes);
+    Payload { bytes: bytes.into(), digest: copy.digest() }
+}
+
+fn write(to: &mut [u8], payload: &Payload, checked: bool) -> Result<(), KvError> {
+    if !checked {
+        to.copy_from_slice(&payload.bytes);
+        return Ok(());
+    }
+    let mut copy = HashedCopy::default();
+    copy.copy(&payload.bytes, to);
+    copy.digest().expect(payload.digest)
 }
 
 /// A file of that size which both processes can map, in memory if the system has such a place.

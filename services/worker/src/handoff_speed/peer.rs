@@ -9,6 +9,7 @@ use crate::Error;
 use handoff::{
     Patience,
     digest::{Binding, bindings},
+    direct::Pool,
     receive::{Inbox, Incoming, Outcome, Plan},
     serve, transport,
 };
@@ -23,7 +24,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 pub const RESERVATION: u64 = 1;
@@ -98,7 +99,7 @@ impl Peer {
         })?;
         let service = HandoffServer::new(table.clone()).max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
         let server = transport::server().add_service(service);
-        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(grpc)));
+        tokio::spawn(server.serve_with_incoming(transport::incoming(grpc)));
         Ok(Peer { table, tcp, memories: None })
     }
 
@@ -121,7 +122,10 @@ impl Peer {
         let seconds = match way {
             Way::Copy => tokio::task::block_in_place(|| copy(size, memories))?,
             Way::Tcp => tokio::task::block_in_place(|| receive(&self.tcp, size, memories))?,
-            Way::Grpc(memory) => self.table.deliver(memories.get(memory)?).await?,
+            Way::Grpc(memory) => {
+                self.table.deliver(memories.get(memory)?.into(), &*memories.get(memory)?).await?
+            }
+            Way::Nixl(memory) => self.table.deliver(memories.nixl(memory)?, &*memories.get(memory)?).await?,
         };
         Ok(Said::Done { seconds, cpu_seconds: cpu_seconds() - cpu })
     }
@@ -164,15 +168,15 @@ fn fill(stream: &mut TcpStream, size: &Size, pool: &mut [u8]) -> io::Result<()> 
 struct Table(Arc<Mutex<Option<Inbox>>>);
 
 impl Table {
-    async fn deliver(&self, memory: Arc<dyn KvMemory>) -> Result<f64, Error> {
+    async fn deliver(&self, pool: Pool, memory: &dyn KvMemory) -> Result<f64, Error> {
         let plan = Plan {
             blocks: (0..memory.blocks()).collect(),
-            bindings: names(&*memory),
+            bindings: names(memory),
             present: 0,
             weights_fingerprint: WEIGHTS,
             patience: Patience { silence: PATIENCE, delivery: PATIENCE, landing: PATIENCE },
         };
-        let (mut incoming, inbox) = Incoming::new(plan, memory, || 0);
+        let (mut incoming, inbox) = Incoming::new(plan, pool, || 0);
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(inbox);
         say(&Said::Ready)?;
         let outcome = incoming.run().await;

@@ -1,94 +1,32 @@
-//! Deliveries over real sockets between memories that stand for two workers' pools.
+//! Deliveries over real sockets between memories that stand for two workers' pools, the same over every transport of bytes.
+
+mod memory;
+mod over;
 
 use bytes::Bytes;
 use handoff::{
     Error, Patience,
     deliver::{Delivery, Options, Order, Progress, Sent},
     digest::{Binding, bindings},
+    direct::Pool,
     receive::{Inbox, Incoming, Outcome, Plan},
     receiver::Answer,
     serve, transport,
 };
-use kv::{BlockId, Digest, KvDtype, KvError, KvLayout, KvMemory, Payload, StepId, Transfer};
+use memory::{LAYOUT, Memory};
+use over::{Copies, Over};
 use proto::{ErrorCode, handoff_server::HandoffServer};
 use std::{
-    collections::{HashMap, HashSet},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::Ordering::Relaxed},
     time::Duration,
 };
-use tokio::{net::TcpListener, sync::oneshot};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
 
-const LAYOUT: KvLayout = KvLayout { dtype: KvDtype::F32, layers: 3, block_tokens: 4, row: 100 };
 const RESERVATION: u64 = 77;
 const WEIGHTS: u64 = 5;
 const TOKENS: u32 = 30;
-
-/// Blocks that know what was written into them.
-#[derive(Default)]
-struct Memory {
-    blocks: Mutex<HashMap<BlockId, Bytes>>,
-    /// Blocks whose next write fails.
-    broken: Mutex<HashSet<BlockId>>,
-    /// Blocks in whose next write a bit flips.
-    flaky: Mutex<HashSet<BlockId>>,
-    /// Blocks whose writes wait for [`Memory::land`].
-    slow: Mutex<HashSet<BlockId>>,
-    waiting: Mutex<Vec<oneshot::Sender<Result<(), KvError>>>>,
-    /// Writes so far, by block.
-    writes: Mutex<HashMap<BlockId, u32>>,
-}
-
-impl KvMemory for Memory {
-    fn layout(&self) -> KvLayout {
-        LAYOUT
-    }
-
-    fn blocks(&self) -> u32 {
-        64
-    }
-
-    fn read(&self, block: BlockId, rows: u32, _: StepId) -> Transfer<Payload> {
-        let content = self.blocks.lock().unwrap().get(&block).cloned();
-        assert_eq!(content.as_ref().map(Bytes::len), Some(LAYOUT.payload_bytes(rows)));
-        done(content.map(Payload::new).ok_or_else(|| KvError::Stopped("never written".into())))
-    }
-
-    fn write(&self, block: BlockId, _: u32, payload: Payload, _: StepId) -> Transfer<()> {
-        *self.writes.lock().unwrap().entry(block).or_default() += 1;
-        if self.broken.lock().unwrap().remove(&block) {
-            return done(Err(KvError::Stopped("a bad cell".into())));
-        }
-        let mut landed = payload.bytes.to_vec();
-        landed[17] ^= u8::from(self.flaky.lock().unwrap().remove(&block));
-        let intact = Digest::of(&landed).expect(payload.digest);
-        if intact.is_err() {
-            return done(intact);
-        }
-        self.blocks.lock().unwrap().insert(block, landed.into());
-        if self.slow.lock().unwrap().contains(&block) {
-            let (sender, receiver) = oneshot::channel();
-            self.waiting.lock().unwrap().push(sender);
-            return receiver;
-        }
-        done(Ok(()))
-    }
-}
-
-impl Memory {
-    fn land(&self) {
-        for waiting in self.waiting.lock().unwrap().drain(..) {
-            let _ = waiting.send(Ok(()));
-        }
-    }
-}
-
-fn done<T>(result: Result<T, KvError>) -> Transfer<T> {
-    let (sender, receiver) = oneshot::channel();
-    let _ = sender.send(result);
-    receiver
-}
 
 fn tokens() -> Vec<u32> {
     (0..TOKENS).collect()
@@ -108,8 +46,8 @@ fn content(index: u32) -> Bytes {
 
 /// A prefill worker's pool with the sequence in blocks 40, 39, …
 fn source() -> Arc<Memory> {
-    let memory = Memory::default();
-    memory.blocks.lock().unwrap().extend((0..blocks()).map(|index| (40 - index, content(index))));
+    let memory = Memory::new();
+    (0..blocks()).for_each(|index| memory.put(40 - index, rows(index), &content(index)));
     Arc::new(memory)
 }
 
@@ -141,14 +79,26 @@ impl proto::handoff_server::Handoff for Table {
 
 /// A decode worker with one reservation: block `index` goes to pool block `index + 1`.
 struct Decode {
+    over: Over,
     memory: Arc<Memory>,
     incoming: Incoming,
     address: String,
 }
 
 impl Decode {
-    async fn start(present: u32, delivery_patience: Duration) -> Self {
-        let memory = Arc::new(Memory::default());
+    async fn start(over: Over, present: u32, delivery_patience: Duration) -> Self {
+        let memory = Arc::new(Memory::new());
+        let pool = over.pool(memory.clone());
+        Decode::on(over, pool, memory, present, delivery_patience).await
+    }
+
+    async fn on(
+        over: Over,
+        pool: Pool,
+        memory: Arc<Memory>,
+        present: u32,
+        delivery_patience: Duration,
+    ) -> Self {
         let plan = Plan {
             blocks: (1..=blocks()).collect(),
             bindings: bindings(&tokens(), LAYOUT.block_tokens, LAYOUT.fingerprint()),
@@ -157,18 +107,18 @@ impl Decode {
             patience: Patience {
                 silence: Duration::from_secs(5),
                 delivery: delivery_patience,
-                landing: LANDING,
+                landing: over.landing(),
             },
         };
-        let (incoming, inbox) = Incoming::new(plan, memory.clone(), || 0);
+        let (incoming, inbox) = Incoming::new(plan, pool, || 0);
         let table = Table(Arc::new(Mutex::new(Some(inbox))));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let service = HandoffServer::new(table).max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
         tokio::spawn(
-            transport::server().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)),
+            transport::server().add_service(service).serve_with_incoming(transport::incoming(listener)),
         );
-        Decode { memory, incoming, address }
+        Decode { over, memory, incoming, address }
     }
 
     fn assert_filled(&self, from: u32) {
@@ -193,10 +143,17 @@ fn order(decode: &Decode) -> Order {
     }
 }
 
-fn open(order: Order) -> Delivery {
+impl Decode {
+    /// A delivery over the same transport.
+    fn open(&self, order: Order) -> Delivery {
+        open_with(self.over.pool(source()), order)
+    }
+}
+
+fn open_with(pool: Pool, order: Order) -> Delivery {
     let channel = transport::channel(&proto::Dial::default(), &order.address).unwrap();
     let options = Options { window_bytes: 2 * LAYOUT.block_bytes(), ..Options::default() };
-    Delivery::open(channel, order, source(), Box::new(proto::Heartbeat::default), options, MetadataMap::new())
+    Delivery::open(channel, order, pool, Box::new(proto::Heartbeat::default), options, MetadataMap::new())
 }
 
 fn commit() -> proto::Commit {
@@ -224,13 +181,25 @@ async fn deliver_with(mut delivery: Delivery, commit: proto::Commit) -> (Result<
     }
 }
 
-const LONG: Duration = Duration::from_secs(20);
-const LANDING: Duration = Duration::from_millis(100);
+over_each!(
+    chunks_travel_while_later_ones_compute,
+    blocks_arrive_where_they_belong_and_are_released_once,
+    a_block_that_could_not_be_kept_is_sent_again,
+    a_block_in_which_a_bit_flipped_is_sent_again,
+    blocks_of_another_prefix_are_refused,
+    blocks_that_changed_places_are_refused,
+    who_does_not_match_is_told_why,
+    the_next_epoch_keeps_what_was_accepted_and_fences_the_old,
+    a_prefill_that_leaves_is_waited_for_only_so_long,
+    a_reservation_that_ends_under_a_write_says_so_until_the_write_has_landed,
+    a_commit_counts_for_its_own_epoch_only,
+);
 
-#[tokio::test]
-async fn blocks_arrive_where_they_belong_and_are_released_once() {
-    let mut decode = Decode::start(2, LONG).await;
-    let delivery = deliver(open(Order { present: 2, ..order(&decode) }));
+const LONG: Duration = Duration::from_secs(20);
+
+async fn blocks_arrive_where_they_belong_and_are_released_once(over: Over) {
+    let mut decode = Decode::start(over, 2, LONG).await;
+    let delivery = deliver(decode.open(Order { present: 2, ..order(&decode) }));
     let ((sent, mut released), outcome) = tokio::join!(delivery, decode.incoming.run());
     let payload: usize = (2..blocks()).map(|index| content(index).len()).sum();
     assert_eq!(sent.unwrap(), Sent { bytes: payload as u64, blocks: blocks() - 2 });
@@ -244,11 +213,10 @@ async fn blocks_arrive_where_they_belong_and_are_released_once() {
     assert!(decode.incoming.close().is_none());
 }
 
-#[tokio::test]
-async fn a_block_that_could_not_be_kept_is_sent_again() {
-    let mut decode = Decode::start(0, LONG).await;
+async fn a_block_that_could_not_be_kept_is_sent_again(over: Over) {
+    let mut decode = Decode::start(over, 0, LONG).await;
     decode.memory.broken.lock().unwrap().extend([3, 7]);
-    let ((sent, _), outcome) = tokio::join!(deliver(open(order(&decode))), decode.incoming.run());
+    let ((sent, _), outcome) = tokio::join!(deliver(decode.open(order(&decode))), decode.incoming.run());
     assert_eq!(sent.unwrap().blocks, blocks());
     assert!(matches!(outcome, Outcome::Complete(_)));
     decode.assert_filled(0);
@@ -256,11 +224,10 @@ async fn a_block_that_could_not_be_kept_is_sent_again() {
     assert!((1..=blocks()).all(|block| writes[&block] == if [3, 7].contains(&block) { 2 } else { 1 }));
 }
 
-#[tokio::test]
-async fn a_block_in_which_a_bit_flipped_is_sent_again() {
-    let mut decode = Decode::start(0, LONG).await;
+async fn a_block_in_which_a_bit_flipped_is_sent_again(over: Over) {
+    let mut decode = Decode::start(over, 0, LONG).await;
     decode.memory.flaky.lock().unwrap().insert(5);
-    let ((sent, _), outcome) = tokio::join!(deliver(open(order(&decode))), decode.incoming.run());
+    let ((sent, _), outcome) = tokio::join!(deliver(decode.open(order(&decode))), decode.incoming.run());
     assert_eq!(sent.unwrap().blocks, blocks());
     assert!(matches!(outcome, Outcome::Complete(_)));
     decode.assert_filled(0);
@@ -268,11 +235,11 @@ async fn a_block_in_which_a_bit_flipped_is_sent_again() {
 }
 
 /// Delivers what is announced under `bindings`: refused as often as it is tried, and nothing is kept.
-async fn assert_refused(bindings: Vec<Binding>, wrong: &[u32]) {
-    let mut decode = Decode::start(0, LONG).await;
+async fn assert_refused(over: Over, bindings: Vec<Binding>, wrong: &[u32]) {
+    let mut decode = Decode::start(over, 0, LONG).await;
     let order = Order { bindings, ..order(&decode) };
     let error = tokio::select! {
-        (result, released) = deliver(open(order)) => {
+        (result, released) = deliver(decode.open(order)) => {
             assert!(wrong.iter().all(|index| !released.contains(index)), "{released:?}");
             result.expect_err("must be refused")
         }
@@ -280,29 +247,26 @@ async fn assert_refused(bindings: Vec<Binding>, wrong: &[u32]) {
     };
     assert_eq!(error.code(), ErrorCode::Digest, "{error}");
     assert!(error.to_string().contains("of another prefix or place"), "{error}");
-    let kept = decode.memory.blocks.lock().unwrap();
-    assert!(wrong.iter().all(|index| !kept.contains_key(&(index + 1))), "{kept:?}");
-    assert!(decode.incoming.received().refused >= Options::default().tries);
+    let received = decode.incoming.received();
+    assert!(received.blocks as usize <= blocks() as usize - wrong.len(), "{received:?}");
+    assert!(received.refused >= Options::default().tries);
 }
 
-#[tokio::test]
-async fn blocks_of_another_prefix_are_refused() {
+async fn blocks_of_another_prefix_are_refused(over: Over) {
     let mut other = tokens();
     other[1] = 1000;
     let all: Vec<u32> = (0..blocks()).collect();
-    assert_refused(bindings(&other, LAYOUT.block_tokens, LAYOUT.fingerprint()), &all).await;
+    assert_refused(over, bindings(&other, LAYOUT.block_tokens, LAYOUT.fingerprint()), &all).await;
 }
 
-#[tokio::test]
-async fn blocks_that_changed_places_are_refused() {
+async fn blocks_that_changed_places_are_refused(over: Over) {
     let mut swapped = bindings(&tokens(), LAYOUT.block_tokens, LAYOUT.fingerprint());
     swapped.swap(2, 4);
-    assert_refused(swapped, &[2, 4]).await;
+    assert_refused(over, swapped, &[2, 4]).await;
 }
 
-#[tokio::test]
-async fn who_does_not_match_is_told_why() {
-    let mut decode = Decode::start(0, LONG).await;
+async fn who_does_not_match_is_told_why(over: Over) {
+    let mut decode = Decode::start(over, 0, LONG).await;
     for (order, code, part) in [
         (
             Order { weights_fingerprint: 6, ..order(&decode) },
@@ -318,7 +282,7 @@ async fn who_does_not_match_is_told_why() {
         ),
     ] {
         let error = tokio::select! {
-            (result, _) = deliver(open(order)) => result.expect_err("must be refused"),
+            (result, _) = deliver(decode.open(order)) => result.expect_err("must be refused"),
             outcome = decode.incoming.run() => panic!("{outcome:?}"),
         };
         assert_eq!(error.code(), code, "{error}");
@@ -327,10 +291,9 @@ async fn who_does_not_match_is_told_why() {
     assert!(decode.memory.writes.lock().unwrap().is_empty());
 }
 
-#[tokio::test]
-async fn the_next_epoch_keeps_what_was_accepted_and_fences_the_old() {
-    let mut decode = Decode::start(0, LONG).await;
-    let mut old = open(order(&decode));
+async fn the_next_epoch_keeps_what_was_accepted_and_fences_the_old(over: Over) {
+    let mut decode = Decode::start(over, 0, LONG).await;
+    let mut old = decode.open(order(&decode));
     for index in 0..3 {
         old.computed(index, 40 - index, 1);
     }
@@ -346,7 +309,7 @@ async fn the_next_epoch_keeps_what_was_accepted_and_fences_the_old() {
     }
     let Answer::Advanced { epoch: 2, accepted } = decode.incoming.advance(1) else { panic!("no new epoch") };
     assert_eq!(accepted, [0, 1, 2]);
-    let new = open(Order { epoch: 2, accepted, ..order(&decode) });
+    let new = decode.open(Order { epoch: 2, accepted, ..order(&decode) });
     let (old, (sent, _), outcome) = tokio::join!(old.next(), deliver(new), decode.incoming.run());
     assert_eq!(old.expect_err("fenced").code(), ErrorCode::StaleEpoch);
     assert_eq!(sent.unwrap().blocks, blocks() - 3);
@@ -355,10 +318,9 @@ async fn the_next_epoch_keeps_what_was_accepted_and_fences_the_old() {
     assert!(decode.memory.writes.lock().unwrap().values().all(|writes| *writes == 1));
 }
 
-#[tokio::test]
-async fn a_prefill_that_leaves_is_waited_for_only_so_long() {
-    let mut decode = Decode::start(0, Duration::from_millis(300)).await;
-    let mut delivery = open(order(&decode));
+async fn a_prefill_that_leaves_is_waited_for_only_so_long(over: Over) {
+    let mut decode = Decode::start(over, 0, Duration::from_millis(300)).await;
+    let mut delivery = decode.open(order(&decode));
     delivery.computed(0, 40, 1);
     tokio::select! {
         progress = delivery.next() => assert_eq!(progress.unwrap(), Progress::Release(0)),
@@ -369,11 +331,10 @@ async fn a_prefill_that_leaves_is_waited_for_only_so_long() {
     assert!(decode.incoming.close().is_none(), "nothing is being written");
 }
 
-#[tokio::test]
-async fn a_reservation_that_ends_under_a_write_says_so_until_the_write_has_landed() {
-    let mut decode = Decode::start(0, LONG).await;
+async fn a_reservation_that_ends_under_a_write_says_so_until_the_write_has_landed(over: Over) {
+    let mut decode = Decode::start(over, 0, LONG).await;
     decode.memory.slow.lock().unwrap().extend([2, 5]);
-    let delivery = tokio::spawn(deliver(open(order(&decode))));
+    let delivery = tokio::spawn(deliver(decode.open(order(&decode))));
     while decode.memory.waiting.lock().unwrap().len() < 2 {
         tokio::select! {
             outcome = decode.incoming.run() => panic!("{outcome:?}"),
@@ -385,18 +346,17 @@ async fn a_reservation_that_ends_under_a_write_says_so_until_the_write_has_lande
     let error = delivery.await.unwrap().0.expect_err("the reservation has ended");
     assert_eq!(error.code(), ErrorCode::Cancelled, "{error}");
     let settled = tokio::spawn(unsettled.settle());
-    tokio::time::sleep(3 * LANDING).await;
+    tokio::time::sleep(over.landing() * 3 / 2).await;
     assert!(!settled.is_finished(), "nothing has landed");
     decode.memory.land();
     assert_eq!(settled.await.unwrap(), 2, "both were overdue, and counted");
 }
 
-#[tokio::test]
-async fn a_commit_counts_for_its_own_epoch_only() {
-    let mut decode = Decode::start(0, LONG).await;
+async fn a_commit_counts_for_its_own_epoch_only(over: Over) {
+    let mut decode = Decode::start(over, 0, LONG).await;
     // The last block does not land, so that the old epoch commits and stays incomplete.
     decode.memory.slow.lock().unwrap().insert(blocks());
-    let old = tokio::spawn(deliver(open(order(&decode))));
+    let old = tokio::spawn(deliver(decode.open(order(&decode))));
     tokio::select! {
         outcome = decode.incoming.run() => panic!("{outcome:?}"),
         () = tokio::time::sleep(Duration::from_millis(200)) => {}
@@ -405,7 +365,7 @@ async fn a_commit_counts_for_its_own_epoch_only() {
     assert_eq!(accepted.len() as u32, blocks() - 1);
     let mut other = commit();
     other.first_token.as_mut().unwrap().id = 10;
-    let new = tokio::spawn(deliver_with(open(Order { epoch: 2, ..order(&decode) }), other.clone()));
+    let new = tokio::spawn(deliver_with(decode.open(Order { epoch: 2, ..order(&decode) }), other.clone()));
     tokio::select! {
         outcome = decode.incoming.run() => panic!("{outcome:?}"),
         () = tokio::time::sleep(Duration::from_millis(200)) => {}
@@ -421,4 +381,53 @@ async fn a_commit_counts_for_its_own_epoch_only() {
     );
     decode.assert_filled(0);
     assert_eq!(old.await.unwrap().0.expect_err("fenced").code(), ErrorCode::StaleEpoch);
+}
+
+#[tokio::test]
+async fn workers_of_different_transports_are_told() {
+    for (decode_over, prefill_over) in [(Over::Grpc, Over::Copies), (Over::Copies, Over::Grpc)] {
+        let mut decode = Decode::start(decode_over, 0, LONG).await;
+        let delivery = open_with(prefill_over.pool(source()), order(&decode));
+        let error = tokio::select! {
+            (result, _) = deliver(delivery) => result.expect_err("must be refused"),
+            outcome = decode.incoming.run() => panic!("{outcome:?}"),
+        };
+        assert_eq!(error.code(), ErrorCode::Mismatch, "{error}");
+        assert!(error.to_string().contains("start both with the same --transport"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_read_that_hangs_is_severed_and_its_block_offered_again() {
+    let (memory, copies) = (Arc::new(Memory::new()), Copies::new("decode".to_owned()));
+    copies.hang.store(2, Relaxed);
+    let pool = Pool::direct(memory.clone(), copies).unwrap();
+    let mut decode = Decode::on(Over::Copies, pool, memory, 0, LONG).await;
+    let ((sent, _), outcome) = tokio::join!(deliver(decode.open(order(&decode))), decode.incoming.run());
+    assert_eq!(sent.unwrap().blocks, blocks());
+    assert!(matches!(outcome, Outcome::Complete(_)));
+    decode.assert_filled(0);
+    assert!(decode.incoming.received().overdue >= 1);
+}
+
+/// A chunk a block: each is with decode before the next but one is computed, so that prefill's end finds nothing but its last
+/// chunks under way.
+async fn chunks_travel_while_later_ones_compute(over: Over) {
+    let mut decode = Decode::start(over, 0, LONG).await;
+    let mut delivery = decode.open(order(&decode));
+    let mut released = 0;
+    for chunk in 0..blocks() {
+        delivery.computed(chunk, 40 - chunk, u64::from(chunk));
+        while released < chunk {
+            tokio::select! {
+                progress = delivery.next() => released += u32::from(matches!(progress, Ok(Progress::Release(_)))),
+                outcome = decode.incoming.run() => panic!("{outcome:?}"),
+            }
+        }
+    }
+    assert!(released >= blocks() - 1, "only the last chunk is left when prefill ends");
+    delivery.first_token(commit());
+    let rest = async { while let Ok(Progress::Release(_)) = delivery.next().await {} };
+    let ((), outcome) = tokio::join!(rest, decode.incoming.run());
+    assert!(matches!(outcome, Outcome::Complete(_)), "{outcome:?}");
 }

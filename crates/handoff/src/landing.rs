@@ -1,0 +1,47 @@
+//! How the bytes of an offer get into their block: out of the message, or read from where they lie. Either way they are
+//! believed only if what lies in the block then has the digest that was announced.
+
+use crate::direct::{Piece, Pool};
+use bytes::Bytes;
+use futures::{FutureExt, future::BoxFuture};
+use kv::{BlockId, Digest, KvError, Payload, StepId, Transfer};
+
+/// Completes when nothing of it writes any more.
+pub(crate) type Landing = BoxFuture<'static, Result<(), KvError>>;
+
+/// Where an offer belongs, and what must lie there.
+pub(crate) struct Place {
+    pub block: BlockId,
+    pub rows: u32,
+    pub digest: Digest,
+}
+
+pub(crate) fn copy(pool: &Pool, to: Place, bytes: Bytes, after: StepId) -> Landing {
+    let payload = Payload { bytes, digest: to.digest };
+    landed(pool.memory.write(to.block, to.rows, payload, after)).boxed()
+}
+
+/// From `address` in the memory of `origin`, once the steps up to `after` have left the block alone.
+pub(crate) fn fetch(pool: &Pool, to: Place, origin: proto::Origin, address: usize, after: StepId) -> Landing {
+    let Some((direct, region)) = pool.direct.clone() else {
+        return async { Err(KvError::Unreachable("no transport that reads is open".into())) }.boxed();
+    };
+    let memory = pool.memory.clone();
+    let layout = memory.layout();
+    let at = region.block(&layout, to.block);
+    let runs = layout.runs(to.rows).into_iter();
+    let pieces =
+        runs.map(|run| Piece { from: address.wrapping_add(run.at), to: at + run.at, bytes: run.bytes });
+    let pieces = pieces.collect();
+    async move {
+        landed(memory.digest(to.block, 0, after)).await?;
+        landed(direct.read(&origin, pieces)).await?;
+        landed(memory.digest(to.block, to.rows, after)).await?.expect(to.digest)
+    }
+    .boxed()
+}
+
+/// The end of a transfer; a device that went away without a word has stopped.
+pub(crate) async fn landed<T>(transfer: Transfer<T>) -> Result<T, KvError> {
+    transfer.await.unwrap_or_else(|_| Err(KvError::Stopped("it gave no answer".into())))
+}
