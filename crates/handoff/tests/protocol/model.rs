@@ -270,7 +270,7 @@ impl State {
             actions.extend([Action::HearEnd { call }, Action::DropDecode { call }]);
         }
         for (at, member) in self.prefills.iter().enumerate() {
-            for (&of, _) in member {
+            for &of in member.keys() {
                 actions.extend([Action::Compute { at, of }, Action::SilentDecode { at, of }]);
                 if !self.wants_prefill(of) {
                     actions.push(Action::DropPrefill { at, of });
