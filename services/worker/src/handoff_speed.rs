@@ -11,7 +11,7 @@ pub use figures::{Figures, Link, Overlap, Requests, SizeFigures, WayFigures};
 pub use memory::Memory;
 pub use peer::run as peer;
 
-use crate::{Error, load};
+use crate::{Error, buffers, load};
 use carry::{AT_ONCE, Carrier, Pace, Run};
 use figures::median;
 use kernels::cuda::LinkRates;
@@ -90,6 +90,7 @@ impl fmt::Display for Way {
 
 /// Measures everything. `peer` starts this program so that it runs [`peer`].
 pub async fn run(options: &Options, peer: Command) -> Result<Figures, Error> {
+    buffers::keep();
     let link = load::link(&options.backend, options.block_bytes.iter().copied().max().unwrap_or(1))?;
     let shared = Shared::create(options.bytes + options.block_bytes.iter().max().unwrap_or(&0))?;
     let mut carrier = Carrier::start(peer).await?;

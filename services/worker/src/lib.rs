@@ -2,6 +2,7 @@
 //! blocks, decode reserves, receives and writes answers; engine, cache and process are the same, and only
 //! `prefill.rs` and `decode.rs` differ. Knows token ids, never text; joins the membership and leaves it by draining.
 
+mod buffers;
 mod call;
 mod channels;
 mod config;

@@ -1,7 +1,7 @@
 //! The life of the process: bind, load, serve, join; drain and leave.
 
 use crate::{
-    Config, Error,
+    Config, Error, buffers,
     decode::DecodeService,
     deliveries::HandoffService,
     health, leave,
@@ -42,6 +42,7 @@ const CLOSE: Duration = Duration::from_millis(500);
 /// Runs a worker until `shutdown`, then drains it. Prints one line with its addresses to stdout once bound.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
     config.check()?;
+    buffers::keep();
     let membership = membership::connect(config.membership.clone())?;
     let Listeners { grpc, admin, addresses } = Listeners::bind(&config).await?;
     addresses.announce();

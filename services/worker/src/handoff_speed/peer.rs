@@ -5,7 +5,7 @@ use super::{
     Way,
     memory::{BLOCK_TOKENS, Memories, Size},
 };
-use crate::Error;
+use crate::{Error, buffers};
 use handoff::{
     Patience,
     digest::{Binding, bindings},
@@ -62,6 +62,7 @@ pub fn cpu_seconds() -> f64 {
 
 /// Serves the first process until it ends.
 pub async fn run() -> Result<(), Error> {
+    buffers::keep();
     let mut peer = Peer::listen().await?;
     let mut asks = BufReader::new(tokio::io::stdin()).lines();
     while let Some(line) = asks.next_line().await.map_err(failed)? {
