@@ -50,7 +50,8 @@ def worst(errors):
 
 # Small shapes of every family: a checked kernel runs a hundred times slower.
 SMALL = ["elementwise::", "gate::", "moe::", "linear::linear_batched", "transfer::", "attention::a_gathered",
-         "attention::direct", "attention::absorbed_with_few", "sample::sampled"]
+         "attention::direct", "attention::absorbed_with_few",
+         "attention::absorbed_with_heads", "sample::sampled"]
 
 
 def sanitize(tool):

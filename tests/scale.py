@@ -73,7 +73,7 @@ class Load:
                 if line.startswith(b"data: [DONE]"):
                     return first, said, None
             return first, said, "the stream ended before [DONE]"
-        except OSError as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             return first, said, f"{type(error).__name__}: {error}"
 
     def stop(self):

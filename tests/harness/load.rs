@@ -111,12 +111,13 @@ impl Load {
         (self.told.lock().unwrap().clone(), self.differs.lock().unwrap().clone())
     }
 
-    /// The longest time after `since` that any stream stood still.
+    /// The longest time after `since` that any stream stood still, or has stood still until now.
     pub fn longest_pause(&self, since: Instant) -> Duration {
         let events = self.events.lock().unwrap();
         let pauses = |of: &Vec<Instant>| {
             let gap = |pair: &[Instant]| pair[1].saturating_duration_since(pair[0].max(since));
-            of.windows(2).map(gap).max().unwrap_or_default()
+            let still = of.last().map(|last| last.max(&since).elapsed());
+            of.windows(2).map(gap).chain(still).max().unwrap_or_default()
         };
         events.iter().map(pauses).max().unwrap_or_default()
     }

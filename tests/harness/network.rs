@@ -23,8 +23,15 @@ impl Network {
         if !rustix::process::geteuid().is_root() {
             return Some("network namespaces need root".into());
         }
-        let lacking = ["ip", "iptables"].into_iter().find(|tool| !has(tool));
-        lacking.map(|tool| format!("there is no `{tool}` in $PATH"))
+        if let Some(tool) = ["ip", "iptables"].into_iter().find(|tool| !has(tool)) {
+            return Some(format!("there is no `{tool}` in $PATH"));
+        }
+        // Root in a container may lack the capability.
+        let name = format!("bt{}-try", std::process::id());
+        let netns = |verb: &str| Command::new("ip").args(["netns", verb, &name]).status();
+        let made = netns("add").is_ok_and(|status| status.success());
+        let _ = netns("del");
+        (!made).then(|| "network namespaces cannot be made here".into())
     }
 
     pub fn new() -> Self {

@@ -5,7 +5,10 @@ use futures::future::join_all;
 use rustix::process::Signal;
 use serde_json::Value;
 use std::{process::Stdio, time::Duration};
-use tokio::{process::Command, time::sleep};
+use tokio::{
+    process::Command,
+    time::{sleep, timeout},
+};
 
 fn asks(tokens: usize) -> Vec<Ask> {
     let seeded = |n: usize| Ask::new(&golden::prose(60 + 10 * n, n), tokens).with("seed", n as i64);
@@ -13,9 +16,12 @@ fn asks(tokens: usize) -> Vec<Ask> {
 }
 
 async fn decoding(cluster: &Cluster) {
-    while cluster.pool(cluster.worker("decode")).await.running < 2 {
-        sleep(Duration::from_millis(5)).await;
-    }
+    let two = async {
+        while cluster.pool(cluster.worker("decode")).await.running < 2 {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(60), two).await.expect("two sequences decode at the same time");
 }
 
 async fn run(arguments: &[&str], url: &str) -> String {
@@ -29,7 +35,7 @@ async fn run(arguments: &[&str], url: &str) -> String {
 #[test]
 fn drain_moves_what_runs_and_loses_nothing() {
     let _alone = alone();
-    let pairs = ["--threads", "1", "--prefill", "2", "--decode", "2", "--worker-set", "drain_ms=200"];
+    let pairs = ["--threads", "1", "--prefill", "2", "--decode", "2", "--worker-set", "drain_ms=20"];
     let cluster = Cluster::up(&pairs);
     block_on(async {
         let asks = asks(200);
@@ -45,7 +51,7 @@ fn drain_moves_what_runs_and_loses_nothing() {
             assert_eq!(found.as_ref().unwrap().said(), expected.as_ref().unwrap().said());
         }
         let moved = cluster.metric(&cluster.router, "baton_migrations_total", "drained").await;
-        assert!(moved > 0.0, "200 tokens last longer than 200 ms");
+        assert!(moved > 0.0, "200 tokens last longer than 20 ms");
         let failed = cluster.metric(&cluster.router, "baton_router_placements_total", "failed").await;
         assert_eq!(failed, 0.0, "to leave is no failure");
         cluster.assert_idle_within(Duration::from_secs(10)).await;

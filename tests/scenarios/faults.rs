@@ -125,7 +125,9 @@ fn survives(fault: Fault) {
 
 /// Once the victim has several sequences.
 async fn strike(cluster: &Cluster, victim: &Worker, signal: Signal) {
+    let deadline = Instant::now() + Duration::from_secs(60);
     while cluster.pool(victim).await.running < 3 {
+        assert!(Instant::now() < deadline, "{} never has three sequences", victim.name);
         sleep(Duration::from_millis(5)).await;
     }
     victim.signal(signal);

@@ -56,12 +56,20 @@ impl ModelExecutor {
     }
 }
 
+impl ModelExecutor {
+    /// Why the device has ended. It says so before it takes no more commands.
+    fn last_word(&mut self) -> ExecutorError {
+        let said = std::iter::from_fn(|| self.outputs.try_recv().ok());
+        said.filter_map(Result::err).last().unwrap_or_else(gone)
+    }
+}
+
 impl Executor for ModelExecutor {
     fn submit(&mut self, step: StepInput) -> Result<StepId, ExecutorError> {
         self.submitted += 1;
         match self.commands.send(Command::Step(self.submitted, step)) {
             Ok(()) => Ok(self.submitted),
-            Err(_) => Err(gone()),
+            Err(_) => Err(self.last_word()),
         }
     }
 

@@ -1,6 +1,5 @@
 //! What can go wrong between two workers, and the code under which others are told.
 
-use crate::sender::Failure;
 use kv::KvError;
 use proto::ErrorCode;
 
@@ -41,12 +40,5 @@ impl Error {
 impl From<Error> for proto::Error {
     fn from(error: Error) -> Self {
         proto::Error::new(error.code(), error.to_string())
-    }
-}
-
-impl From<Failure> for Error {
-    /// For failures whose cause the driver has not seen itself.
-    fn from(failure: Failure) -> Self {
-        Error::Protocol(format!("{failure:?}"))
     }
 }

@@ -67,6 +67,8 @@ pub enum Outcome {
     Finished(proto::Commit),
     /// Nobody delivered within the patience of the plan.
     Expired,
+    /// This worker's own device has not copied a block in time. Both sides live, so nothing else would end the wait.
+    Stalled,
 }
 
 /// What has come in.
@@ -373,6 +375,9 @@ impl Incoming {
             return direct.sever(origin);
         }
         tracing::error!(index, ?patience, "a block has not landed in time: does the device still copy?");
+        if self.receiver.state() == State::Receiving {
+            self.outcome.get_or_insert(Outcome::Stalled);
+        }
     }
 
     fn spoiled(&mut self, index: u32, error: &KvError) -> proto::Error {

@@ -251,7 +251,7 @@ fn verdict(denied: &Denied, wanted: &Wanted) -> Option<Error> {
         Decision::Mismatch(reason) => Some(Error::new(
             ErrorCode::Mismatch,
             format!(
-                "no prefill and decode workers match: {reason}; start them from the same model and version, on the same backend, with the same block_tokens"
+                "no prefill and decode workers match: {reason}; start them from the same model and version, on the same backend, with the same block_tokens and --transport"
             ),
         )),
         Decision::Place { .. } | Decision::Wait(_) | Decision::NoMembers(_) => None,

@@ -163,7 +163,7 @@ impl<'a> Placed<'a> {
                 self.tell(Event::Advanced { epoch: advanced.epoch, accepted: advanced.accepted }).await
             }
             Some(Decode::AlreadyComplete(_)) => {
-                (self.answer_by, self.doubted) = (None, None);
+                (self.answer_by, self.doubted, self.cause) = (None, None, None);
                 self.tell(Event::AlreadyComplete).await
             }
             Some(Decode::Preempted(_)) => self.tell(Event::Preempted).await,

@@ -129,6 +129,7 @@ impl Life {
                 drop(reservation);
                 self.finished_at_once(commit).await
             }
+            (Outcome::Stalled, _) => Err(engine_lost("its device has not copied a block in time").into()),
             _ => Err(Error::new(ErrorCode::Deadline, "no prefill delivered in time").into()),
         }
     }

@@ -65,6 +65,6 @@ fn label(outcome: &Result<Outcome, Stop>) -> &'static str {
         Ok(Outcome::Expired) => "expired",
         Err(Stop::Gone) => "cancelled",
         Err(Stop::Failed(error)) if error.code() == ErrorCode::Draining => "cancelled",
-        Err(Stop::Failed(_)) => "failed",
+        Ok(Outcome::Stalled) | Err(Stop::Failed(_)) => "failed",
     }
 }

@@ -113,7 +113,7 @@ fn check_peer(shared: &Shared, request: &proto::PrefillRequest) -> Result<(), Er
         if theirs != ours {
             let message = format!(
                 "{what} of the decode worker at {} ({theirs:016x}) differ from those of prefill worker {} ({ours:016x}); \
-                 run both with the same model, KV dtype and block size",
+                 run both with the same model, KV dtype, block size and --transport",
                 request.decode_address, shared.id
             );
             return Err(Error::new(ErrorCode::Mismatch, message));

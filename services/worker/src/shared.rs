@@ -59,7 +59,7 @@ impl Shared {
             id,
             load: engine.load(),
             layout,
-            layout_fingerprint: layout.fingerprint(),
+            layout_fingerprint: layout.fingerprint() ^ of_transport(config.handoff.transport),
             weights_fingerprint: identity.weights_fingerprint,
             bounds: identity.bounds,
             reservations: Reservations::new(memory.blocks() as usize),
@@ -153,6 +153,14 @@ impl Shared {
             cause = self.engine.stopped() => engine_lost(&cause),
             () = given_up.cancelled() => self.leaving(),
         }
+    }
+}
+
+/// Workers of different transports cannot pass blocks to each other: as if their layouts differed.
+fn of_transport(transport: Transport) -> u64 {
+    match transport {
+        Transport::Grpc => 0,
+        Transport::Nixl => 0x6e69_786c,
     }
 }
 
