@@ -352,6 +352,21 @@ async fn a_reservation_that_ends_under_a_write_says_so_until_the_write_has_lande
     assert_eq!(settled.await.unwrap(), 2, "both were overdue, and counted");
 }
 
+/// Both sides live and beat; without this nothing would end the wait.
+#[tokio::test]
+async fn a_reservation_is_given_up_when_its_own_device_does_not_copy() {
+    let mut decode = Decode::start(Over::Grpc, 0, LONG).await;
+    decode.memory.slow.lock().unwrap().insert(3);
+    let delivery = tokio::spawn(deliver(decode.open(order(&decode))));
+    assert!(matches!(decode.incoming.run().await, Outcome::Stalled));
+    assert_eq!(decode.incoming.received().overdue, 1);
+    let unsettled = decode.incoming.close().expect("one write is in flight");
+    assert_eq!(unsettled.writing(), [2]);
+    delivery.await.unwrap().0.expect_err("the reservation has ended");
+    decode.memory.land();
+    unsettled.settle().await;
+}
+
 async fn a_commit_counts_for_its_own_epoch_only(over: Over) {
     let mut decode = Decode::start(over, 0, LONG).await;
     // The last block does not land, so that the old epoch commits and stays incomplete.

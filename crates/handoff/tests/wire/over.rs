@@ -39,7 +39,11 @@ impl Over {
 
     /// How long a block may take to land. NIXL's first read from a peer connects to it.
     pub fn landing(self) -> Duration {
-        if self == Over::Nixl { Duration::from_secs(5) } else { Duration::from_millis(100) }
+        match self {
+            Over::Grpc => Duration::from_secs(2),
+            Over::Nixl => Duration::from_secs(5),
+            _ => Duration::from_millis(100),
+        }
     }
 
     pub fn pool(self, memory: Arc<Memory>) -> Pool {
