@@ -367,7 +367,7 @@ fn fetch(
         let transfer = pool.memory.read(block, rows, after);
         return async move {
             let Payload { bytes, digest } = landed(transfer).await?;
-            Ok(Fetched { digest, content: Content::Payload(bytes) })
+            Ok(Fetched { digest, content: Content::Payload(bytes.together()) })
         }
         .boxed();
     };
