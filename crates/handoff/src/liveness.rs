@@ -41,7 +41,7 @@ impl Liveness {
         self.heard = now;
     }
 
-    /// `longest`: the longest step that the peer has measured since it started.
+    /// `longest`: the longest of the peer's last steps, a thousand at least.
     pub fn heartbeat(&mut self, step: u64, working: bool, longest: Duration, now: Now) {
         self.heard = now;
         self.longest = self.longest.max(longest);
