@@ -362,6 +362,28 @@ async fn a_reservation_is_given_up_when_its_own_device_does_not_copy() {
     unsettled.settle().await;
 }
 
+/// Decode lives and says so: nothing else would end the wait.
+#[tokio::test]
+async fn a_delivery_ends_when_its_own_device_does_not_copy() {
+    let mut decode = Decode::start(Over::Grpc, 0, LONG).await;
+    let source = source();
+    source.slow.lock().unwrap().insert(37);
+    let (beat, silence) = (Duration::from_millis(20), Duration::from_millis(300));
+    let options = Options { heartbeat: beat, silence, ..Options::default() };
+    let channel = transport::channel(&proto::Dial::default(), &decode.address).unwrap();
+    let pulse = Box::new(proto::Heartbeat::default);
+    let delivery =
+        Delivery::open(channel, order(&decode), Over::Grpc.pool(source), pulse, options, MetadataMap::new());
+    let error = tokio::select! {
+        (result, released) = deliver(delivery) => {
+            assert!(!released.contains(&3), "{released:?}");
+            result.expect_err("one block is never read")
+        }
+        outcome = decode.incoming.run() => panic!("{outcome:?}"),
+    };
+    assert!(error.to_string().contains("copied no block"), "{error}");
+}
+
 async fn a_commit_counts_for_its_own_epoch_only(over: Over) {
     let mut decode = Decode::start(over, 0, LONG).await;
     // The last block does not land, so that the old epoch commits and stays incomplete.
