@@ -15,7 +15,10 @@ use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use kv::{BlockId, Digest, KvError, KvMemory, Payload, StepId};
 use proto::{deliver_message::Message, deliver_reply::Reply};
-use std::{collections::VecDeque, time::Duration};
+use std::{
+    collections::{HashSet, VecDeque},
+    time::Duration,
+};
 use tokio::{
     sync::mpsc,
     time::{Instant, Interval, MissedTickBehavior},
@@ -108,6 +111,8 @@ pub struct Delivery {
     silence: Duration,
     start: Instant,
     sent: Sent,
+    /// A block may be accepted twice.
+    accepted: HashSet<u32>,
     /// The cause behind a failure that the state machine only knows as such.
     cause: Option<Error>,
     released: VecDeque<u32>,
@@ -160,6 +165,7 @@ impl Delivery {
             silence: options.silence,
             start: Instant::now(),
             sent: Sent::default(),
+            accepted: HashSet::new(),
             cause: None,
             released: VecDeque::new(),
             outcome: None,
@@ -216,7 +222,10 @@ impl Delivery {
             Action::Offer { index } => self.offer(index),
             Action::Release { index } => self.released.push_back(index),
             Action::Commit => self.queue.extend(self.commit.clone().map(Message::Commit)),
-            Action::Complete => self.outcome = Some(Ok(self.sent)),
+            Action::Complete => {
+                let blocks = self.accepted.len() as u32;
+                self.outcome = Some(Ok(Sent { blocks, ..self.sent }));
+            }
             Action::Fail(failure) => self.outcome = Some(Err(self.explain(failure))),
         }
     }
@@ -299,7 +308,7 @@ impl Delivery {
     fn said(&mut self, reply: Reply) {
         match reply {
             Reply::Accept(proto::Accept { index }) => {
-                self.sent.blocks += 1;
+                self.accepted.insert(index);
                 self.on(Event::Accepted { index });
             }
             Reply::Refuse(proto::Refuse { index, error }) => {
