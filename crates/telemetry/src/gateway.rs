@@ -1,16 +1,16 @@
 //! Metrics of the gateway.
 
-use crate::{Buckets, Counters, Registry};
-use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
+use crate::{Buckets, Counters, Registry, TracedHistogram};
+use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 
 #[derive(Clone)]
 pub struct Metrics {
     /// By endpoint and HTTP code (499: the client left).
     pub requests: Counters,
     pub in_flight: Gauge,
-    pub time_to_first_token: Histogram,
-    pub inter_token_latency: Histogram,
-    pub request_seconds: Histogram,
+    pub time_to_first_token: TracedHistogram,
+    pub inter_token_latency: TracedHistogram,
+    pub request_seconds: TracedHistogram,
     pub prompt_tokens: Counter,
     pub completion_tokens: Counter,
     pub cached_prompt_tokens: Counter,
@@ -23,9 +23,9 @@ impl Metrics {
         let metrics = Metrics {
             requests: Counters::default(),
             in_flight: Gauge::default(),
-            time_to_first_token: Buckets::REQUEST.histogram(),
-            inter_token_latency: Buckets::STEP.histogram(),
-            request_seconds: Buckets::REQUEST.histogram(),
+            time_to_first_token: Buckets::REQUEST.traced(),
+            inter_token_latency: Buckets::STEP.traced(),
+            request_seconds: Buckets::REQUEST.traced(),
             prompt_tokens: Counter::default(),
             completion_tokens: Counter::default(),
             cached_prompt_tokens: Counter::default(),

@@ -10,6 +10,7 @@ mod machine;
 mod serve;
 mod settings;
 mod status;
+mod trace;
 mod up;
 
 use clap::{Parser, Subcommand};
@@ -35,6 +36,8 @@ enum Command {
     Worker(serve::WorkerArgs),
     /// Show members, load, queue and blocks of a running cluster
     Status(status::Args),
+    /// Show where the time of one request went until its first two tokens
+    Trace(trace::Args),
     /// Have a worker leave: it takes nothing new, finishes or passes on what it has, and ends
     Drain(drain::Args),
     /// Measure a running cluster: time to first token, time between tokens, throughput
@@ -71,6 +74,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Router(args) => serve::router(args),
         Command::Worker(args) => serve::worker(args),
         Command::Status(args) => status::run(args),
+        Command::Trace(args) => trace::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Drain(args) => drain::run(args),
         Command::BenchEngine(args) => bench_engine::run(args),

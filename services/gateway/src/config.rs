@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use telemetry::Traces;
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -28,6 +29,7 @@ pub struct Config {
     pub limits: Limits,
     pub stream: Stream,
     pub timeouts: Timeouts,
+    pub traces: Traces,
 }
 
 /// Beyond any of these a request is refused at once, by name.
@@ -97,6 +99,7 @@ impl Default for Config {
             limits: Limits::default(),
             stream: Stream::default(),
             timeouts: Timeouts::default(),
+            traces: Traces::default(),
         }
     }
 }
@@ -163,7 +166,7 @@ impl Config {
         if self.model_dir.as_os_str().is_empty() {
             return Err("model_dir is missing: the directory with tokenizer.json and config.json".into());
         }
-        Ok(())
+        self.traces.check()
     }
 }
 

@@ -3,12 +3,13 @@
 use crate::answer::{Bounds, Upstream};
 use crate::config::ms;
 use crate::model::Model;
+use crate::record::Records;
 use crate::{Config, Error, cluster};
 use openai::Code;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use telemetry::Readiness;
 use telemetry::gateway::Metrics;
+use telemetry::{Readiness, Spans};
 use tokio::sync::{Semaphore, watch};
 
 pub struct Gateway {
@@ -18,6 +19,9 @@ pub struct Gateway {
     pub names: Vec<String>,
     pub upstream: Arc<Upstream>,
     pub metrics: Metrics,
+    pub spans: Spans,
+    /// Of the requests that ended last.
+    pub records: Arc<Records>,
     /// Places for requests.
     pub places: Arc<Semaphore>,
     /// Places for parsing and tokenising large bodies.
@@ -38,7 +42,7 @@ impl Gateway {
     pub fn new(
         config: Config,
         dial: &proto::Dial,
-        metrics: Metrics,
+        (metrics, spans): (Metrics, Spans),
         closing: watch::Receiver<bool>,
     ) -> Result<Self, Error> {
         config.check().map_err(Error::Config)?;
@@ -51,6 +55,8 @@ impl Gateway {
             model,
             upstream,
             metrics,
+            spans,
+            records: Arc::default(),
             places: Arc::new(Semaphore::new(config.limits.concurrent_requests.min(Semaphore::MAX_PERMITS))),
             tokenizers: Arc::new(Semaphore::new(tokenizers(&config))),
             closing,

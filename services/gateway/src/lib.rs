@@ -9,6 +9,7 @@ mod error;
 mod gateway;
 mod model;
 mod observe;
+mod record;
 mod server;
 mod text;
 

@@ -3,6 +3,7 @@
 use membership::EtcdTls;
 use serde::Deserialize;
 use std::{net::SocketAddr, time::Duration};
+use telemetry::Traces;
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -29,6 +30,7 @@ pub struct Config {
     pub prefill: Prefill,
     pub liveness: Liveness,
     pub members: Members,
+    pub traces: Traces,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -100,6 +102,7 @@ impl Default for Config {
             prefill: Prefill::default(),
             liveness: Liveness::default(),
             members: Members::default(),
+            traces: Traces::default(),
         }
     }
 }
@@ -154,7 +157,7 @@ impl Config {
         }
         match positive.iter().find(|(_, value)| *value == 0) {
             Some((name, _)) => Err(format!("{name} is 0, but must be at least 1")),
-            None => Ok(()),
+            None => self.traces.check(),
         }
     }
 }

@@ -53,6 +53,7 @@ pub(crate) struct Shared {
     pub admission: Arc<admission::Admission>,
     pub channels: channels::Channels,
     pub metrics: metrics::Metrics,
+    pub spans: telemetry::Spans,
     /// Stopping: no new requests.
     pub draining: AtomicBool,
 }

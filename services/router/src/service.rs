@@ -35,7 +35,7 @@ impl Router for Service {
     type GenerateStream = Events;
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Events>, Status> {
-        let trace = extract(request.metadata());
+        let trace = self.shared.spans.context(extract(request.metadata()));
         let mut request = request.into_inner();
         let sequence = checked(request.sequence.take())?;
         if self.shared.draining.load(Ordering::Relaxed) {
@@ -97,7 +97,7 @@ impl Stream for Events {
             Poll::Ready(None) => return Poll::Ready(None),
             Poll::Pending => {
                 std::task::ready!(self.beat.as_mut().poll(context));
-                GenerateEvent { event: Some(Event::Heartbeat(Heartbeat::default())) }
+                GenerateEvent { event: Some(Event::Heartbeat(Heartbeat::default())), latency: None }
             }
         };
         let next = Instant::now() + self.pace;

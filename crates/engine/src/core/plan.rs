@@ -7,6 +7,7 @@ use crate::{
 };
 use kernels::{Entry, StepInput};
 use kv::{BlockHash, Holder, StepId};
+use tokio::time::Instant;
 
 /// One sequence's part of a step.
 pub(super) struct Part {
@@ -59,7 +60,7 @@ impl Core {
         for part in &prepared.parts {
             self.announce(part, step);
         }
-        self.in_flight.push_back(InFlight { step, prepared });
+        self.in_flight.push_back(InFlight { step, prepared, began: Instant::now() });
     }
 
     fn consult(&self) -> Plan {

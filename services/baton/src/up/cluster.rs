@@ -161,6 +161,7 @@ impl Cluster {
         if !self.args.etcd.is_empty() {
             set.push(format!("etcd={}", json!(self.args.etcd)));
         }
+        set.extend(self.traces());
         command("router", set, &self.args.router_set)
     }
 
@@ -184,18 +185,24 @@ impl Cluster {
         let workers = args.prefill + args.decode + args.both;
         set.push(format!("gpu_memory_utilization={}", worker::GPU_SHARE / workers as f32));
         set.extend(args.kv_blocks.map(|blocks| format!("kv_blocks={blocks}")));
+        set.extend(self.traces());
         command("worker", set, &args.worker_set)
     }
 
     fn gateway_arguments(&self) -> Vec<String> {
-        let set = vec![
+        let mut set = vec![
             format!("listen={}:{}", bracketed(self.args.host), self.args.port),
             "admin=127.0.0.1:0".into(),
             format!("routers={}", json!(self.router_addresses())),
             format!("model_dir={}", json!(self.model)),
             format!("served_model_name={}", json!([self.name])),
         ];
+        set.extend(self.traces());
         command("gateway", set, &self.args.gateway_set)
+    }
+
+    fn traces(&self) -> Option<String> {
+        self.args.traces.as_ref().map(|endpoint| format!("traces.endpoint={}", json!(endpoint)))
     }
 
     /// Polls the gateway until it would serve. A child that dies meanwhile ends the wait with its log.

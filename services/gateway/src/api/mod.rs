@@ -11,6 +11,7 @@ mod serve;
 mod shape;
 mod status;
 mod stream;
+mod trace;
 
 use crate::gateway::Gateway;
 use axum::Router;
@@ -37,9 +38,12 @@ pub fn public(gateway: Arc<Gateway>, registry: Arc<Registry>) -> Router {
         .layer(middleware::from_fn(identity::identify))
 }
 
-/// Health, readiness, metrics and the cluster's status; whoever asks for readiness gets it fresh.
+/// Health, readiness, metrics, the cluster's status and the records of requests; whoever asks for readiness gets it fresh.
 pub fn admin(gateway: Arc<Gateway>, registry: Arc<Registry>) -> Router {
-    let status = Router::new().route("/status", get(status::status)).with_state(gateway.clone());
+    let status = Router::new()
+        .route("/status", get(status::status))
+        .route("/trace/{*id}", get(trace::trace))
+        .with_state(gateway.clone());
     telemetry::admin::routes(registry, gateway.readiness())
         .merge(status)
         .layer(middleware::from_fn_with_state(gateway, look_first))
