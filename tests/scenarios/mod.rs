@@ -8,4 +8,5 @@ mod golden;
 mod membership;
 mod observe;
 mod split;
+mod trace;
 mod up;
