@@ -54,6 +54,7 @@
     "drain_ms" (mul 1000 .Values.router.drainSeconds) -}}
 {{- if ne .Values.etcd.mode "none" }}{{ $_ := set $own "etcd" (include "baton.etcdEndpoints" . | fromJsonArray) }}{{ end -}}
 {{- with include "baton.etcdTls" . }}{{ $_ := set $own "etcd_tls" (fromJson .) }}{{ end -}}
+{{- $_ := set $own "pools" (include "baton.desired" . | fromJson) -}}
 {{- include "baton.toml" (mergeOverwrite $own (deepCopy .Values.router.config)) -}}
 {{- end -}}
 

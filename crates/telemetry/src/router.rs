@@ -71,7 +71,11 @@ impl Metrics {
         registry.register("baton_router_queue_seconds", "From arrival to placement", m.queue_seconds);
         registry.register("baton_router_placements", "Placements tried, by outcome", m.placements);
         registry.register("baton_migrations", "Sequences continued elsewhere, by cause", m.migrations);
-        registry.register("baton_members", "Members by role and state; desired: how many there should be", m.members);
+        registry.register(
+            "baton_members",
+            "Members by role and state; desired: how many there should be",
+            m.members,
+        );
         registry.register("baton_router_running", "Requests placed and not ended", m.running);
         registry.register(
             "baton_router_token_order_violations",

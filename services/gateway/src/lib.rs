@@ -7,8 +7,10 @@ mod cluster;
 mod config;
 mod error;
 mod gateway;
+mod history;
 mod model;
 mod observe;
+mod problems;
 mod server;
 mod text;
 

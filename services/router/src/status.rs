@@ -30,8 +30,12 @@ fn pools(census: &BTreeMap<(Role, &'static str), u32>, desired: Pools) -> Vec<Po
         let count = |state| census.get(&(role, state)).copied().unwrap_or(0);
         let (ready, draining, desired) = (count("ready"), count("draining"), desired.desired(role));
         let populated = census.keys().any(|(of, _)| *of == role);
-        (populated || desired.is_some_and(|desired| desired > 0))
-            .then(|| Pool { role: role.into(), desired, ready, draining })
+        (populated || desired.is_some_and(|desired| desired > 0)).then(|| Pool {
+            role: role.into(),
+            desired,
+            ready,
+            draining,
+        })
     };
     roles.into_iter().filter_map(pool).collect()
 }
