@@ -64,7 +64,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_lost_are_told_until_replaced_or_for_a_while() {
         let mut lost = Lost::default();
-        ["a", "b", "c"].map(|id| lost.add(member(id, Role::Decode)));
+        ["a", "b", "c"].into_iter().for_each(|id| lost.add(member(id, Role::Decode)));
         lost.replace(&member("new", Role::Prefill));
         assert_eq!((ids(&lost, None), ids(&lost, Some(1))), ("c b a".into(), "c".into()));
         lost.replace(&member("b", Role::Decode));

@@ -20,13 +20,17 @@ const SVG: &str = "image/svg+xml";
 /// Path, kind, bytes.
 type File = (&'static str, &'static str, &'static str);
 
-const FILES: [File; 9] = [
+const FILES: [File; 13] = [
     ("/dashboard", HTML, include_str!("../dashboard/index.html")),
     ("/dashboard/style.css", CSS, include_str!("../dashboard/style.css")),
     ("/dashboard/icon.svg", SVG, include_str!("../dashboard/icon.svg")),
+    ("/dashboard/theme.js", JS, include_str!("../dashboard/theme.js")),
     ("/dashboard/main.js", JS, include_str!("../dashboard/main.js")),
-    ("/dashboard/page.js", JS, include_str!("../dashboard/page.js")),
-    ("/dashboard/cluster.js", JS, include_str!("../dashboard/cluster.js")),
+    ("/dashboard/dom.js", JS, include_str!("../dashboard/dom.js")),
+    ("/dashboard/units.js", JS, include_str!("../dashboard/units.js")),
+    ("/dashboard/api.js", JS, include_str!("../dashboard/api.js")),
+    ("/dashboard/flow.js", JS, include_str!("../dashboard/flow.js")),
+    ("/dashboard/members.js", JS, include_str!("../dashboard/members.js")),
     ("/dashboard/charts.js", JS, include_str!("../dashboard/charts.js")),
     ("/dashboard/chat.js", JS, include_str!("../dashboard/chat.js")),
     ("/dashboard/waterfall.js", JS, include_str!("../dashboard/waterfall.js")),
