@@ -22,7 +22,7 @@ const CHARTS = [
   { title: "KV blocks", kind: "areas", write: much, none: "No blocks in use",
     series: [line("blocks_used", "used", "decode"), line("blocks_cached", "cached", "decode middle"), line("blocks_quarantined", "quarantined", "bad")],
     more: [{ field: "blocks_total", name: "of all", write: count }] },
-  { title: "Requests that failed", kind: "bars", write: count, none: "None in this time",
+  { title: "Requests not answered", kind: "bars", write: count, none: "None in this time",
     series: [line("failed", "failed (5xx)", "bad"), line("refused", "refused (4xx)", "warn"), line("left", "client left", "muted")] },
   { title: "Continued elsewhere", kind: "bars", write: count, none: "None in this time",
     series: [line("preempted", "preempted", "warn"), line("prefill_lost", "prefill lost", "prefill"), line("decode_lost", "decode lost", "bad"), line("drained", "drained", "muted")] },
@@ -79,7 +79,8 @@ class Chart {
   draw({ minutes, tables, fields, samples }) {
     const column = (field) => fields.indexOf(field);
     const end = samples.at(-1)?.[0] ?? Date.now();
-    this.span = [end - minutes * 60_000, end];
+    // A young cluster's charts begin with it, so that they are not mostly empty.
+    this.span = [Math.max(end - minutes * 60_000, Math.min(samples[0]?.[0] ?? 0, end - 60_000)), end];
     const shown = samples.filter((sample) => sample[0] >= this.span[0]);
     const points = shown.map((sample) => ({ at: sample[0], values: this.spec.series.map(({ field }) => sample[column(field)] ?? null), more: (this.spec.more ?? []).map(({ field }) => sample[column(field)] ?? null) }));
     this.points = this.spec.kind === "bars" ? this.bins(points) : points;
@@ -118,17 +119,14 @@ class Chart {
   }
 
   axes(width, top) {
-    const minutes = (this.span[1] - this.span[0]) / 60_000;
+    const whole = this.span[1] - this.span[0];
     const levels = this.empty ? [0] : [0, top / 2, top];
     const grid = levels.flatMap((value) => [
       s("line", { class: "grid", x1: EDGE.left, x2: width - EDGE.right, y1: this.y(value), y2: this.y(value) }),
       s("text", { class: "tick", x: EDGE.left - 6, y: this.y(value) + 3.5, "text-anchor": "end" }, this.empty ? "0" : this.spec.write(value)),
     ]);
-    const steps = minutes > 1 ? [[minutes, `−${minutes} min`], [minutes / 2, ""], [0, "now"]] : [[1, "−60 s"], [0.5, "−30 s"], [0, "now"]];
-    const times = steps.map(([back, words]) => {
-      const x = this.x(this.span[1] - back * 60_000);
-      return s("text", { class: "tick", x, y: HEIGHT - 5, "text-anchor": back === 0 ? "end" : back === steps[0][0] ? "start" : "middle" }, words);
-    });
+    const times = [[0, "end", "now"], [0.5, "middle", ago(whole / 2)], [1, "start", ago(whole)]].map(([back, anchor, words]) =>
+      s("text", { class: "tick", x: this.x(this.span[1] - back * whole), y: HEIGHT - 5, "text-anchor": anchor }, words));
     return [...grid, ...times];
   }
 
@@ -250,6 +248,8 @@ class Chart {
       h("tbody", null, points.map((point) => h("tr", null, h("th", { scope: "row" }, clock(point.at)), this.values(point).map(([, value]) => h("td", null, value)))))));
   }
 }
+
+const ago = (time) => (time > 90_000 ? `−${(time / 60_000).toFixed(time % 60_000 ? 1 : 0)} min` : `−${Math.round(time / 1000)} s`);
 
 /** The least of 1, 2, 2.5, 5, 10, … that is no less than `value`. Whole halves where only whole numbers make sense. */
 function nice(value, whole) {

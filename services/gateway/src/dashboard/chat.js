@@ -164,18 +164,19 @@ async function recorded(id) {
   }
 }
 
-/** Server-sent events as they come; comments are left out. */
+/** Server-sent events as they come; comments are left out. Ends with the connection, for only then is the request's record made. */
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let [rest, over] = ["", false];
   for (;;) {
     const { value, done } = await reader.read();
+    if (done && over) return;
     if (done) throw new Error("The connection ended before the answer did.");
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
-      if (line === "data: [DONE]") return;
-      if (line.startsWith("data: ")) yield JSON.parse(line.slice(6));
+      over ||= line === "data: [DONE]";
+      if (!over && line.startsWith("data: ")) yield JSON.parse(line.slice(6));
     }
   }
 }

@@ -1,19 +1,19 @@
 // The strip at the top: a request's way through the cluster, with what each station does now.
 
 import { h } from "./dom.js";
-import { byteRate, count, many, ms, rate, split, NONE } from "./units.js";
+import { byteRate, bytes, count, many, ms, much, rate, split, NONE } from "./units.js";
 
 export function flow(status, latest) {
   const load = (role) => sum(status.members.filter((member) => member.role === role));
   const pool = (role) => status.pools.find((known) => known.role === role);
-  const split = pool("prefill") || pool("decode") || !pool("both");
+  const apart = pool("prefill") || pool("decode") || !pool("both");
   return [
     queue(status),
-    split && station("prefill", "Prefill", rate(latest.prompt_tokens_rate), "prompt tokens", busy(load("prefill")), workers(status, "prefill")),
-    split && station("handoff", "Hand-off", byteRate(latest.handoff_bytes_rate), "of KV blocks", handoffs(latest)),
-    split && station("decode", "Decode", rate(latest.completion_tokens_rate), "tokens", busy(load("decode")), workers(status, "decode")),
-    pool("both") && station("both", "Prefill and decode", rate(split ? null : latest.completion_tokens_rate), "tokens", busy(load("both")), workers(status, "both")),
-    station("answer", "First token", ms(latest.ttft_p50), "median", `${ms(latest.itl_p50)} between tokens`),
+    apart && station("prefill", "Prefill", much(latest.prompt_tokens_rate), "prompt tokens/s", busy(load("prefill")), workers(status, "prefill")),
+    apart && station("handoff", "Hand-off", byteRate(latest.handoff_bytes_rate), "of KV blocks", handoffs(latest), landed(status.members)),
+    apart && station("decode", "Decode", much(latest.completion_tokens_rate), "tokens/s", busy(load("decode")), workers(status, "decode")),
+    pool("both") && station("both", "Prefill and decode", much(apart ? null : latest.completion_tokens_rate), "tokens/s", busy(load("both")), workers(status, "both")),
+    station("answer", "First token", ms(latest.ttft_p50), "median", `${ms(latest.itl_p50)} between tokens`, h("p", { class: "workers" }, latest.ttft_p99 === null ? "no answers in the last 30 s" : `p95 ${ms(latest.ttft_p95)}, p99 ${ms(latest.ttft_p99)}`)),
   ];
 }
 
@@ -41,6 +41,12 @@ const busy = ({ running, waiting, reserved }) =>
 
 const handoffs = (latest) =>
   latest.handoff_rate ? `${rate(latest.handoff_rate)}, ${ms(latest.handoff_ms)} each` : "none in the last 2 s";
+
+/** What has landed since the decode workers began. */
+function landed(members) {
+  const add = (field) => members.reduce((total, { load }) => total + (load?.totals?.[field] ?? 0), 0);
+  return h("p", { class: "workers" }, `${count(add("handoffs"))} so far, ${bytes(add("handoff_bytes"))}`);
+}
 
 /** A dot for each worker that is or should be, and the numbers in words. */
 function workers(status, role) {

@@ -5,8 +5,7 @@ export const NONE = "–";
 
 /** Three digits that matter: 0.52, 5.2, 52, 520. */
 function short(value) {
-  if (value === 0) return "0";
-  return value >= 100 ? plain.format(value) : value.toFixed(value >= 10 ? 0 : value >= 1 ? 1 : 2);
+  return value >= 100 || Number.isInteger(value) ? plain.format(value) : value.toFixed(value >= 10 ? 0 : value >= 1 ? 1 : 2);
 }
 
 const known = (write) => (value) => (value === null || value === undefined || Number.isNaN(value) ? NONE : write(value));
@@ -25,8 +24,8 @@ export const many = (number, one, more = `${one}s`) => `${count(number)} ${numbe
 
 /** "55 ms" in two pieces, so that the unit can be smaller. */
 export const split = (text) => {
-  const [, value, unit] = text.match(/^(\S+?)\s?([a-zA-Z/]*)$/) ?? [, text, ""];
-  return [value, unit];
+  const [value, unit] = text.split(" ");
+  return [value, unit ?? ""];
 };
 
 /** A member's name without the bulk of its id. */
