@@ -13,7 +13,7 @@ const CHARTS = [
     series: [line("itl_p50", "p50", "answer"), line("itl_p95", "p95", "answer middle"), line("itl_p99", "p99", "answer faint")] },
   { title: "Tokens", kind: "lines", write: rate, none: "No tokens in this time",
     series: [line("completion_tokens_rate", "decoded", "decode"), line("prompt_tokens_rate", "prefilled", "prefill")] },
-  { title: "Requests", kind: "lines", write: much, none: "No requests in this time",
+  { title: "Requests", kind: "lines", write: much, none: "None running when sampled",
     series: [line("running", "running", "decode"), line("queued", "in the queue", "warn")] },
   { title: "Hand-off", kind: "lines", write: byteRate, none: "No hand-offs in this time",
     series: [line("handoff_bytes_rate", "KV bytes", "handoff")], more: [{ field: "handoff_rate", name: "hand-offs", write: rate }] },
@@ -139,8 +139,15 @@ class Chart {
     if (kind === "bars") return this.bars(width);
     if (kind === "areas") return this.areas();
     const lines = series.map(({ look }, index) => s("path", { class: `line ${look}`, d: this.path((point) => point.values[index]) }));
+    const alone = series.flatMap(({ look }, index) => this.alone(index).map((point) => s("circle", { class: `mark ${look}`, cx: this.x(point.at), cy: this.y(point.values[index]), r: 2.2 })));
     const shade = s("path", { class: `shade ${series[0].look}`, d: this.path((point) => point.values[0], () => 0) });
-    return [shade, ...lines.reverse()];
+    return [shade, ...lines.reverse(), ...alone];
+  }
+
+  /** Points with no neighbour, through which no line goes. */
+  alone(index) {
+    const value = (at) => this.points[at]?.values[index] ?? null;
+    return this.points.filter((_, at) => value(at) !== null && value(at - 1) === null && value(at + 1) === null);
   }
 
   bars(width) {
@@ -173,9 +180,8 @@ class Chart {
     }
     const place = (point, of) => `${this.x(point.at).toFixed(1)},${this.y(of(point)).toFixed(1)}`;
     return runs.filter((run) => run.length).map((run) => {
-      // A single point is drawn as a short stroke.
       const there = run.map((point) => place(point, value)).join("L");
-      const back = floor ? `L${[...run].reverse().map((point) => place(point, floor)).join("L")}Z` : run.length === 1 ? "h1.5" : "";
+      const back = floor ? `L${[...run].reverse().map((point) => place(point, floor)).join("L")}Z` : run.length === 1 ? "h0.01" : "";
       return `M${there}${back}`;
     }).join("");
   }
@@ -251,11 +257,11 @@ class Chart {
 
 const ago = (time) => (time > 90_000 ? `−${(time / 60_000).toFixed(time % 60_000 ? 1 : 0)} min` : `−${Math.round(time / 1000)} s`);
 
-/** The least of 1, 2, 2.5, 5, 10, … that is no less than `value`. Whole halves where only whole numbers make sense. */
+/** The least of 1, 2, 4, 6, 10, … that is no less than `value`: half of it is a round number too. `whole`: and a whole one. */
 function nice(value, whole) {
   if (value <= 0) return 1;
   if (whole && value <= 2) return 2;
   const power = 10 ** Math.floor(Math.log10(value));
-  const step = (whole && power === 1 ? [1, 2, 4, 6, 10] : [1, 2, 2.5, 5, 10]).find((factor) => factor * power >= value * 0.999);
+  const step = [1, 2, 4, 6, 10].find((factor) => factor * power >= value * 0.999);
   return step * power;
 }

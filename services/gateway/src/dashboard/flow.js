@@ -54,7 +54,7 @@ function workers(status, role) {
   if (!pool) return h("p", { class: "workers" }, "no workers");
   const here = status.members.filter((member) => member.role === role).map((member) => member.state);
   const missing = Math.max(0, (pool.desired ?? 0) - here.length);
-  const states = [...here, ...Array(missing).fill("missing")].sort();
+  const states = [...here.sort((one, other) => (one === "ready" ? 0 : 1) - (other === "ready" ? 0 : 1)), ...Array(missing).fill("missing")];
   const dots = states.length <= 16 ? h("span", { class: "dots", "aria-hidden": "true" }, states.map((state) => h("i", { class: state }))) : null;
   const words = `${pool.ready} of ${pool.desired ?? here.length} ready${pool.draining ? `, ${pool.draining} draining` : ""}`;
   return h("p", { class: "workers" }, dots, words);

@@ -76,7 +76,7 @@ function fail(error) {
 
 function askKey(error) {
   tell(["unknown", "Key needed"]);
-  show($("problems"), problem({ severity: "warning", text: error.message, remedy: "Give a key of this cluster: the button Key above." }));
+  show($("problems"), problem({ severity: "warning", text: error.message, remedy: "Give a key of this cluster: the button API key above." }));
   if (!hasKey() && !$("key-dialog").open && !askKey.done) $("key-dialog").showModal();
   askKey.done = true;
 }
