@@ -17,16 +17,33 @@ const VALUE = 62;
 export function waterfall(trace) {
   if (!trace.parts) return [h("p", { class: "note" }, trace.missing ? `Where the time went cannot be told: ${trace.missing}` : "This gateway has no record of where the time went (it keeps those of its latest requests).")];
   const parts = trace.parts.filter((part) => part.ms > 0);
-  const end = Math.max(trace.second_token_ms ?? 0, trace.ttft_ms ?? 0, ...parts.map((part) => part.start_ms + part.ms)) || 1;
+  const end = Math.max(trace.ttft_ms ?? 0, second(trace) ?? 0, ...parts.map((part) => part.start_ms + part.ms)) || 1;
   const figure = h("figure", { class: "waterfall" },
     h("figcaption", null, summary(trace)),
-    drawing(parts, trace, end),
+    drawing(joined(parts), trace, end),
     h("details", null, h("summary", null, "As a table"), table(parts, trace)));
   return [figure];
 }
 
+/** When the second token came: it is told from the first one on. */
+const second = (trace) => (trace.second_token_ms == null ? null : (trace.ttft_ms ?? 0) + trace.second_token_ms);
+
+/** Parts of one name that follow each other, as one: a way back leads through several services. */
+function joined(parts) {
+  const rows = [];
+  for (const part of parts) {
+    const last = rows.at(-1);
+    if (last?.name !== part.name || last.of !== part.of) rows.push({ ...part });
+    else {
+      const [from, to] = [Math.min(last.start_ms, part.start_ms), Math.max(last.until ?? last.start_ms + last.ms, part.start_ms + part.ms)];
+      Object.assign(last, { start_ms: from, until: to, ms: last.ms + part.ms });
+    }
+  }
+  return rows;
+}
+
 function summary(trace) {
-  const facts = [`first token after ${ms(trace.ttft_ms)}`, trace.second_token_ms != null && `second after ${ms(trace.second_token_ms)}`, `all after ${ms(trace.total_ms)}`,
+  const facts = [`first token after ${ms(trace.ttft_ms)}`, trace.second_token_ms != null && `the second ${ms(trace.second_token_ms)} later`, `all after ${ms(trace.total_ms)}`,
     trace.migrations > 0 && `moved ${trace.migrations === 1 ? "once" : `${trace.migrations} times`}`].filter(Boolean);
   return h("span", null, h("b", null, "Where the time went: "), facts.join(", "));
 }
@@ -35,7 +52,7 @@ function drawing(parts, trace, end) {
   const height = parts.length * ROW + 18;
   const x = (at) => LABEL + (at / end) * (WIDTH - LABEL - VALUE);
   const rows = parts.flatMap((part, index) => bar(part, index * ROW, x));
-  const marks = [["first token", trace.ttft_ms], ["second", trace.second_token_ms]].filter(([, at]) => at != null && at <= end).flatMap(([name, at], index) => [
+  const marks = [["first token", trace.ttft_ms], ["second", second(trace)]].filter(([, at]) => at != null && at <= end).flatMap(([name, at], index) => [
     s("line", { class: "mark-line", x1: x(at), x2: x(at), y1: 0, y2: height - 16 }),
     s("text", { class: "tick", x: x(at) + (index ? 2 : -2), y: height - 4, "text-anchor": index ? "start" : "end" }, name),
   ]);
@@ -43,7 +60,7 @@ function drawing(parts, trace, end) {
 }
 
 function bar(part, y, x) {
-  const [from, to] = [x(part.start_ms), x(part.start_ms + part.ms)];
+  const [from, to] = [x(part.start_ms), x(part.until ?? part.start_ms + part.ms)];
   const width = Math.max(2, to - from);
   return [
     s("text", { class: "part", x: 0, y: y + 14 }, NAMES[part.name] ?? part.name),
