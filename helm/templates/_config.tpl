@@ -62,6 +62,7 @@
 {{- if ne .Values.etcd.mode "none" }}{{ $_ := set $own "etcd" (include "baton.etcdEndpoints" . | fromJsonArray) }}{{ end -}}
 {{- with include "baton.etcdTls" . }}{{ $_ := set $own "etcd_tls" (fromJson .) }}{{ end -}}
 {{- include "baton.setTraces" (dict "root" . "own" $own) -}}
+{{- $_ := set $own "pools" (include "baton.desired" . | fromJson) -}}
 {{- include "baton.toml" (mergeOverwrite $own (deepCopy .Values.router.config)) -}}
 {{- end -}}
 

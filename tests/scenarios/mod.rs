@@ -1,5 +1,6 @@
 mod api;
 mod chart;
+mod dashboard;
 mod dependencies;
 mod drain;
 mod fault_table;

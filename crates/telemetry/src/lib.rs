@@ -4,6 +4,7 @@
 
 pub mod admin;
 pub mod gateway;
+mod latency;
 mod log;
 pub mod phase;
 pub mod router;
@@ -12,6 +13,7 @@ pub mod trace;
 pub mod worker;
 
 pub use admin::Readiness;
+pub use latency::{Latency, Sketch};
 pub use log::init;
 pub use prometheus_client::{metrics::counter::Counter, registry::Registry};
 pub use spans::{Spans, Traces};

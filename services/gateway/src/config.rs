@@ -26,6 +26,8 @@ pub struct Config {
     /// `max_tokens` of `/v1/completions` when the client gives none; 0: as far as the context reaches.
     /// (OpenAI's own default is 16.) Chat always goes as far as the context reaches.
     pub default_completion_tokens: u32,
+    /// The page at `/dashboard`, and from `/` to it.
+    pub dashboard: bool,
     pub limits: Limits,
     pub stream: Stream,
     pub timeouts: Timeouts,
@@ -96,6 +98,7 @@ impl Default for Config {
             worker_model: String::new(),
             max_context: 0,
             default_completion_tokens: 0,
+            dashboard: true,
             limits: Limits::default(),
             stream: Stream::default(),
             timeouts: Timeouts::default(),

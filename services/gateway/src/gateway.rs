@@ -2,15 +2,17 @@
 
 use crate::answer::{Bounds, Upstream};
 use crate::config::ms;
+use crate::history::{History, INTERVAL};
 use crate::model::Model;
 use crate::record::Records;
 use crate::{Config, Error, cluster};
 use openai::Code;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 use telemetry::gateway::Metrics;
 use telemetry::{Readiness, Spans};
 use tokio::sync::{Semaphore, watch};
+use tokio::time::{MissedTickBehavior, interval};
 
 pub struct Gateway {
     pub config: Config,
@@ -31,6 +33,7 @@ pub struct Gateway {
     /// Seconds since the epoch.
     pub started: u64,
     ready: watch::Sender<Readiness>,
+    history: Mutex<History>,
     /// The workers' bound; 0 while unknown.
     cluster_context: watch::Sender<u32>,
 }
@@ -63,6 +66,7 @@ impl Gateway {
             started: since.as_secs(),
             ready: watch::Sender::new(Readiness::not("the router has not been asked yet")),
             cluster_context: watch::Sender::new(0),
+            history: Mutex::default(),
             config,
         })
     }
@@ -91,6 +95,20 @@ impl Gateway {
         loop {
             self.look().await;
             tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    pub fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub async fn keep_history(&self) {
+        let mut pace = interval(INTERVAL);
+        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            pace.tick().await;
+            let seen = self.upstream.statuses().await.ok();
+            self.history().sample(&self.metrics, seen.as_ref());
         }
     }
 

@@ -7,9 +7,11 @@ mod cluster;
 mod config;
 mod error;
 mod gateway;
+mod history;
 mod model;
 mod observe;
 mod record;
+mod problems;
 mod server;
 mod text;
 

@@ -81,10 +81,10 @@ impl Observation {
             if seen.first_token.is_none() {
                 let after = now - self.start;
                 seen.first_token = Some(after);
-                metrics.time_to_first_token.observe(after.as_secs_f64(), exemplar, None);
+                metrics.time_to_first_token.observe(after.as_secs_f64(), exemplar);
             }
             if let Some(last) = seen.last.insert(index, now) {
-                metrics.inter_token_latency.observe((now - last).as_secs_f64(), exemplar, None);
+                metrics.inter_token_latency.observe((now - last).as_secs_f64(), exemplar);
             }
         });
     }

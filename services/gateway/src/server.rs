@@ -81,6 +81,7 @@ impl<L: Listener<Addr: fmt::Debug>> Server<L> {
         tokio::select! {
             result = &mut serving => return Ok(result.map(drop)?),
             () = gateway.keep_looking() => {}
+            () = gateway.keep_history() => {}
             () = shutdown => {}
         }
         stop.send_replace(true);

@@ -2,7 +2,9 @@
 //! its first event, the next is asked. When one is lost in the middle of an answer, another goes on from there.
 
 use crate::Error;
+use crate::cluster::Seen;
 use crate::config::{Timeouts, ms};
+use futures::future::join_all;
 use proto::generate_event::Event;
 use proto::router_client::RouterClient;
 use proto::{Dial, ErrorCode, GenerateEvent, GenerateRequest, Latency, StatusReply, StatusRequest};
@@ -154,16 +156,28 @@ impl Upstream {
     pub async fn status(&self) -> Result<StatusReply, proto::Error> {
         let mut problems = Vec::new();
         for index in self.order() {
-            let mut client = self.routers[index].client.clone();
-            match timeout(STATUS_TIMEOUT, client.status(StatusRequest {})).await {
-                Ok(Ok(reply)) => return Ok(reply.into_inner()),
-                Ok(Err(status)) => {
-                    problems.push(format!("{}: {}", self.routers[index].address, describe(&status)))
-                }
-                Err(_) => problems.push(format!("{}: no answer in time", self.routers[index].address)),
+            match self.routers[index].status().await {
+                Ok(status) => return Ok(status),
+                Err(problem) => problems.push(format!("{}: {problem}", self.routers[index].address)),
             }
         }
-        Err(proto::Error::new(ErrorCode::NoMembers, format!("no router answers: {}", problems.join("; "))))
+        Err(nobody(&problems))
+    }
+
+    /// The cluster as all routers see it, asked at the same time.
+    pub async fn statuses(&self) -> Result<Seen, proto::Error> {
+        let answers = join_all(self.order().map(|index| self.routers[index].status())).await;
+        let (mut answering, mut silent) = (Vec::new(), Vec::new());
+        for (index, answer) in self.order().zip(answers) {
+            let address = self.routers[index].address.clone();
+            match answer {
+                Ok(status) => answering.push((address, status)),
+                Err(problem) => silent.push((address, problem)),
+            }
+        }
+        let problems: Vec<String> =
+            silent.iter().map(|(address, problem)| format!("{address}: {problem}")).collect();
+        Seen::new(answering, silent).ok_or_else(|| nobody(&problems))
     }
 
     /// The next event that is no heartbeat.
@@ -251,6 +265,18 @@ impl Router {
             .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
         Ok(Router { address: address.to_owned(), client })
     }
+
+    async fn status(&self) -> Result<StatusReply, String> {
+        match timeout(STATUS_TIMEOUT, self.client.clone().status(StatusRequest {})).await {
+            Ok(Ok(reply)) => Ok(reply.into_inner()),
+            Ok(Err(status)) => Err(describe(&status)),
+            Err(_) => Err("no answer in time".into()),
+        }
+    }
+}
+
+fn nobody(problems: &[String]) -> proto::Error {
+    proto::Error::new(ErrorCode::NoMembers, format!("no router answers: {}", problems.join("; ")))
 }
 
 impl From<Failure> for proto::Error {
