@@ -10,8 +10,8 @@ mod gateway;
 mod history;
 mod model;
 mod observe;
-mod record;
 mod problems;
+mod record;
 mod server;
 mod text;
 
