@@ -4,6 +4,7 @@ mod bench;
 mod bench_engine;
 mod bench_handoff;
 mod demo;
+mod doctor;
 mod drain;
 mod http;
 mod machine;
@@ -35,6 +36,8 @@ enum Command {
     Worker(serve::WorkerArgs),
     /// Show members, load, queue and blocks of a running cluster
     Status(status::Args),
+    /// Look at a deployment and name the fix for each thing that is wrong
+    Doctor(doctor::Args),
     /// Have a worker leave: it takes nothing new, finishes or passes on what it has, and ends
     Drain(drain::Args),
     /// Measure a running cluster: time to first token, time between tokens, throughput
@@ -72,6 +75,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Worker(args) => serve::worker(args),
         Command::Status(args) => status::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Drain(args) => drain::run(args),
         Command::BenchEngine(args) => bench_engine::run(args),
         Command::BenchHandoff(args) => bench_handoff::run(args),

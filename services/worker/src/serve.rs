@@ -9,6 +9,7 @@ use crate::{
     metrics::Metrics,
     pool,
     prefill::PrefillService,
+    probe::{self, ReachService},
     shared::Shared,
 };
 use axum::serve::Listener;
@@ -76,7 +77,10 @@ where
     let (ready, readiness) = watch::channel(Readiness::not("loading the model"));
     let (current, pool) = watch::channel(None);
     let asked = CancellationToken::new();
-    let routes = pool::router(pool).merge(leave::router(asked.clone())).merge(phase::routes());
+    let routes = pool::router(pool.clone())
+        .merge(probe::router(pool))
+        .merge(leave::router(asked.clone()))
+        .merge(phase::routes());
     let admin = Server::spawn(|stop| admin::serve(admin, registry, readiness, routes, stop));
     let shutdown = async {
         tokio::select! {
@@ -171,6 +175,7 @@ where
         .add_service(decode)
         .add_service(prefill)
         .add_service(handoff)
+        .add_service(ReachService::server(shared.clone()))
         .serve_with_incoming_shutdown(incoming, stop);
     tokio::select! {
         ended = server => ended,
