@@ -1,11 +1,13 @@
 mod api;
 mod chart;
 mod dependencies;
+mod doctor;
 mod drain;
 mod fault_table;
 mod faults;
 mod golden;
 mod membership;
 mod observe;
+mod plan;
 mod split;
 mod up;

@@ -8,6 +8,7 @@ mod doctor;
 mod drain;
 mod http;
 mod machine;
+mod plan;
 mod serve;
 mod settings;
 mod status;
@@ -38,6 +39,8 @@ enum Command {
     Status(status::Args),
     /// Look at a deployment and name the fix for each thing that is wrong
     Doctor(doctor::Args),
+    /// Say how many prefill and decode workers the load of a running cluster needs, and why
+    Plan(plan::Args),
     /// Have a worker leave: it takes nothing new, finishes or passes on what it has, and ends
     Drain(drain::Args),
     /// Measure a running cluster: time to first token, time between tokens, throughput
@@ -76,6 +79,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status(args) => status::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Plan(args) => plan::run(args),
         Command::Drain(args) => drain::run(args),
         Command::BenchEngine(args) => bench_engine::run(args),
         Command::BenchHandoff(args) => bench_handoff::run(args),
