@@ -246,8 +246,8 @@ fn doctor_misses_a_role() {
             admin_address: text("admin"),
             ..Member::default()
         };
-        let mut registration = source.join(alone);
-        joined(&mut registration).await;
+        let registration = source.join(alone);
+        joined(&registration).await;
         doctor(&["--etcd", &endpoints]).only(
             "membership",
             "error",
@@ -257,7 +257,7 @@ fn doctor_misses_a_role() {
     });
 }
 
-async fn joined(registration: &mut Registration) {
+async fn joined(registration: &Registration) {
     timeout(Duration::from_secs(30), registration.joined()).await.expect("etcd takes the record");
 }
 
@@ -282,8 +282,8 @@ impl Records {
     async fn told(&self, ask: &impl Fn() -> Told, change: impl FnOnce(&mut Member)) -> Told {
         let mut member = Member { id: "decode-planted".into(), pid: 0, ..self.decode.clone() };
         change(&mut member);
-        let mut registration = self.source.join(member);
-        joined(&mut registration).await;
+        let registration = self.source.join(member);
+        joined(&registration).await;
         self.members(3).await;
         let told = ask();
         registration.leave().await;

@@ -45,7 +45,8 @@ fn plan_asks_for_the_pool_that_the_load_needs() {
     arguments.extend(sets.iter().flat_map(|set| ["--worker-set", set.as_str()]));
     let cluster = Cluster::up(&arguments);
 
-    let idle = Command::new(baton()).args(["plan", "--url", &cluster.url, "--window", "2s"]).output().unwrap();
+    let idle =
+        Command::new(baton()).args(["plan", "--url", &cluster.url, "--window", "2s"]).output().unwrap();
     assert!(String::from_utf8_lossy(&idle.stderr).contains("a plan needs load"), "{idle:?}");
 
     // Six prompts a second of 1500 tokens: 0.96 of a worker, and 160 ms each.
@@ -59,7 +60,10 @@ fn plan_asks_for_the_pool_that_the_load_needs() {
     let measured = &long_prompts["measured"];
     let near = |value: &Value, expected: f64, share: f64| {
         let found = value.as_f64().unwrap();
-        assert!((found - expected).abs() <= expected * share, "{found} is not about {expected}: {measured:#}");
+        assert!(
+            (found - expected).abs() <= expected * share,
+            "{found} is not about {expected}: {measured:#}"
+        );
     };
     near(&measured["requests"], 6.0, 0.35);
     near(&measured["prompt_tokens"], 1500.0, 0.01);

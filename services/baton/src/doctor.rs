@@ -33,14 +33,15 @@ use tokio::{task::spawn_blocking, time::timeout};
 
 const CLUSTER: &str = "http://127.0.0.1:8000";
 
-/// Looks at a deployment and names the fix for each thing that is wrong.
-///
-/// Without arguments: the cluster that `baton up` runs on this machine. Arguments add to each other.
-///
-/// Exit code: 0 if nothing is wrong, or only warnings without --strict; 1 if there are warnings and --strict; 2 if there
-/// are errors. What could not be checked is told, and counts as neither.
+const HELP: &str = "\
+Without arguments: the cluster that `baton up` runs on this machine. Arguments add to each other.
+Run it where the services run: what cannot be seen from there is told as not checked.
+
+Exit code: 0 if nothing is wrong, or there are only warnings and no --strict; 1 if there are warnings and --strict;
+2 if there are errors. What could not be checked counts as neither.";
+
 #[derive(Parser)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = HELP)]
 pub struct Args {
     /// Configuration file of a gateway, router or worker; SERVICE=FILE if its keys do not tell whose it is; repeatable
     #[arg(long, value_name = "FILE")]

@@ -17,13 +17,13 @@ use report::Report;
 use sizing::Target;
 use std::{process::ExitCode, time::Duration};
 
-/// Says how many prefill and decode workers the load of a running cluster needs, and why.
-///
-/// The load must be there while it is measured. Percentiles are of what clients saw; formulae and their sources stand in
-/// ARCHITECTURE.md, "How many workers". The last table is what the chart's autoscalers (HPA, KEDA) would do, and which
-/// thresholds would have them follow this plan.
+const HELP: &str = "\
+The load must be there while it is measured. Percentiles are of what clients saw. Formulae and their sources stand in
+ARCHITECTURE.md, \"How many workers\". The last table says what the chart's autoscalers (HPA, KEDA) would do with their
+default thresholds, and which thresholds would have them follow this plan.";
+
 #[derive(Parser)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = HELP)]
 pub struct Args {
     /// Address of the gateway, whose metrics and whose members' are scraped
     #[arg(long, default_value = "http://127.0.0.1:8000")]

@@ -25,7 +25,7 @@ use tokio::{
 };
 use tonic::{Request, Status, Streaming, transport::Channel};
 
-/// Most that one probe may send.
+/// Most that one transfer may carry.
 const MOST_MIB: u32 = 32;
 /// One message, about a KV block.
 const CHUNK: usize = 1 << 20;
@@ -35,6 +35,8 @@ const LONGEST: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(100);
 /// Empty calls, of which the fastest is the round trip. The first one also opens the connection.
 const ROUND_TRIPS: u32 = 4;
+/// Transfers, of which the fastest counts: the first ones also open the connection's windows.
+const TRANSFERS: u32 = 3;
 /// Probes received at the same time.
 const RECEIVED: usize = 4;
 
@@ -127,11 +129,20 @@ async fn carry(mut client: ReachClient<Channel>, mib: u32) -> Result<Found, Stat
         client.probe(tokio_stream::empty()).await?;
         round_trip = round_trip.min(began.elapsed());
     }
+    let mut found = send(&mut client, mib).await?;
+    for _ in 1..TRANSFERS {
+        let again = send(&mut client, mib).await?;
+        found = if again.carried < found.carried { again } else { found };
+    }
+    Ok(Found { round_trip, ..found })
+}
+
+async fn send(client: &mut ReachClient<Channel>, mib: u32) -> Result<Found, Status> {
     let payload = Bytes::from(vec![0x5a; CHUNK]);
     let chunks = (0..mib).map(move |_| ProbeChunk { payload: payload.clone() });
     let began = Instant::now();
     let reply = client.probe(tokio_stream::iter(chunks)).await?.into_inner();
-    Ok(Found { member: reply.member, bytes: reply.bytes, round_trip, carried: began.elapsed() })
+    Ok(Found { member: reply.member, bytes: reply.bytes, round_trip: LONGEST, carried: began.elapsed() })
 }
 
 /// The cause at the bottom: what stands above it says only that there was one.

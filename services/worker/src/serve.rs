@@ -15,7 +15,7 @@ use crate::{
 use axum::serve::Listener;
 use handoff::serve::HandoffServer;
 use membership::Membership;
-use proto::{Dial, decode_server::DecodeServer, prefill_server::PrefillServer};
+use proto::{Dial, decode_server::DecodeServer, prefill_server::PrefillServer, reach_server::ReachServer};
 use std::{
     fmt,
     future::Future,
@@ -164,6 +164,7 @@ where
     health.set_serving::<DecodeServer<DecodeService>>().await;
     health.set_serving::<PrefillServer<PrefillService>>().await;
     health.set_serving::<HandoffServer<Shared>>().await;
+    health.set_serving::<ReachServer<ReachService>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
         .build_v1()

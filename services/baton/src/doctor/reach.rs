@@ -78,8 +78,8 @@ fn cause(error: &dyn std::error::Error) -> String {
 }
 
 /// The skew of the clock that stamped the answer.
-pub async fn date(base: &str, path: &str, patience: Duration) -> Result<Option<Skew>, String> {
-    let client = Client::new(base).map_err(|error| format!("{error:#}"))?;
+pub async fn date(service: &str, path: &str, patience: Duration) -> Result<Option<Skew>, String> {
+    let client = Client::new(service).map_err(|error| format!("{error:#}"))?;
     // The first answer pays for the connection.
     for timed in [false, true] {
         let (asked, began) = (SystemTime::now(), Instant::now());

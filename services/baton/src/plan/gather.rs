@@ -59,13 +59,14 @@ async fn metrics(target: &str) -> anyhow::Result<String> {
 
 #[derive(Deserialize)]
 struct Answer {
-    data: Option<Data>,
+    #[serde(rename = "data")]
+    matrix: Option<Matrix>,
     #[serde(default)]
     error: String,
 }
 
 #[derive(Deserialize)]
-struct Data {
+struct Matrix {
     result: Vec<Row>,
 }
 
@@ -86,8 +87,8 @@ pub async fn kept(prometheus: &str, selector: &str, over: Duration) -> anyhow::R
         .with_context(|| format!("{prometheus} did not answer within {:?}", PATIENCE * 3))??;
     let answer: Answer = serde_json::from_slice(&body)
         .with_context(|| format!("{prometheus} answered {status}; is it Prometheus?"))?;
-    let Some(data) = answer.data else { bail!("{prometheus} answered {status}: {}", answer.error) };
-    Ok(Window::new(data.result.into_iter().map(series).collect()))
+    let Some(matrix) = answer.matrix else { bail!("{prometheus} answered {status}: {}", answer.error) };
+    Ok(Window::new(matrix.result.into_iter().map(series).collect()))
 }
 
 fn series(row: Row) -> Series {
@@ -114,7 +115,7 @@ mod tests {
         let json = r#"{"status":"success","data":{"resultType":"matrix","result":[
             {"metric":{"__name__":"baton_kv_blocks","role":"decode","instance":"a:1"},"values":[[1.5,"3"],[2.5,"4"]]}]}}"#;
         let answer: Answer = serde_json::from_str(json).unwrap();
-        let found = series(answer.data.unwrap().result.remove(0));
+        let found = series(answer.matrix.unwrap().result.remove(0));
         assert_eq!((found.name.as_str(), found.points), ("baton_kv_blocks", vec![(1.5, 3.0), (2.5, 4.0)]));
         assert_eq!(found.labels.len(), 2);
         assert_eq!(encoded("a{b=\"c\"}"), "a%7Bb%3D%22c%22%7D");

@@ -35,7 +35,7 @@ pub struct Signal {
 pub fn signals(measured: &Measured, target: Target) -> Vec<Signal> {
     let (prefill, decode) = (measured.prefill.workers, measured.decode.workers);
     let wait = (target.ttft - measured.uncached_tokens / measured.prefill.speed.max(1.0)).max(0.0);
-    let whole = |pool, now, name, value, threshold, suggested| {
+    let whole = |pool, now, name, value: Option<f64>, threshold, suggested| {
         let wanted = value.map(|value| of_value(now, value, threshold));
         Signal { pool, name, value, threshold: Some(threshold), wanted, suggested }
     };

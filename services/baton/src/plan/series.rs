@@ -43,11 +43,11 @@ impl Window {
     }
 
     /// Services that still show a series with these labels at the end.
-    pub fn instances(&self, name: &str, labels: &[(&str, &str)]) -> BTreeSet<&str> {
+    pub fn instances(&self, name: &str, labels: &[(&str, &str)]) -> BTreeSet<String> {
         let last = |series: &Series| series.points.last().map_or(f64::MIN, |(time, _)| *time);
         let end = self.0.iter().map(last).fold(f64::MIN, f64::max);
         let alive = self.of(name, labels).filter(|series| last(series) >= end - GONE);
-        alive.filter_map(|series| series.labels.get(INSTANCE)).map(String::as_str).collect()
+        alive.filter_map(|series| series.labels.get(INSTANCE)).cloned().collect()
     }
 
     pub fn of<'a>(&'a self, name: &'a str, labels: &'a [(&str, &str)]) -> impl Iterator<Item = &'a Series> {
@@ -151,7 +151,7 @@ mod tests {
         assert_eq!(window.increase("baton_x_total", &[("kind", "a")]), 3.0);
         assert_eq!(window.increase("baton_x_total", &[("kind", "c")]), 0.0);
         assert_eq!((window.seconds(), window.mean("baton_y", &[])), (10.0, Some(13.0 + 200.0)));
-        assert_eq!(window.instances("baton_y", &[]), BTreeSet::from(["one", "two"]));
+        assert_eq!(window.instances("baton_y", &[]), BTreeSet::from(["one".to_owned(), "two".to_owned()]));
         assert_eq!((window.mean("baton_z", &[]), window.change("baton_y")), (None, 6.0));
     }
 
@@ -177,6 +177,6 @@ mod tests {
             points: vec![(0.0, 1.0), (last, 1.0)],
         };
         let window = Window::new(vec![series("gone", 100.0), series("here", 600.0)]);
-        assert_eq!(window.instances("baton_kv_blocks", &[]), BTreeSet::from(["here"]));
+        assert_eq!(window.instances("baton_kv_blocks", &[]), BTreeSet::from(["here".to_owned()]));
     }
 }
