@@ -25,6 +25,8 @@ pub struct Operating {
     /// Of a step.
     pub seconds: f64,
     pub extrapolated: bool,
+    /// The target allows more than is trusted.
+    pub at_edge: bool,
     /// Not even a batch of one is fast enough.
     pub unreachable: bool,
 }
@@ -74,6 +76,7 @@ impl Curve {
             batch,
             seconds: self.at(batch),
             extrapolated: batch > self.to * 1.01 || batch < self.from * 0.99,
+            at_edge: fits >= most,
             unreachable: fits < 1.0,
         }
     }
@@ -92,7 +95,7 @@ mod tests {
         let curve = Curve::fit(&points(&[(2.0, 0.012), (4.0, 0.014), (10.0, 0.020)])).unwrap();
         assert!((curve.fixed - 0.010).abs() < 1e-9 && (curve.each - 0.001).abs() < 1e-9, "{curve:?}");
         let inside = curve.operating(0.018);
-        assert!((inside.batch - 8.0).abs() < 1e-6 && !inside.extrapolated, "{inside:?}");
+        assert!((inside.batch - 8.0).abs() < 1e-6 && !inside.extrapolated && !inside.at_edge, "{inside:?}");
         let beyond = curve.operating(0.025);
         assert!((beyond.batch - 15.0).abs() < 1e-6 && beyond.extrapolated, "{beyond:?}");
         assert_eq!(curve.operating(1.0).batch, 20.0, "never more than twice what was observed");
@@ -104,7 +107,7 @@ mod tests {
     fn one_batch_says_nothing_of_others() {
         let curve = Curve::fit(&points(&[(8.0, 0.02), (8.2, 0.02)])).unwrap();
         let enough = curve.operating(0.05);
-        assert_eq!((enough.batch, enough.extrapolated), (8.2, false));
+        assert_eq!((enough.batch, enough.extrapolated, enough.at_edge), (8.2, false, true));
         let less = curve.operating(0.01);
         assert!((less.batch - 4.1).abs() < 1e-9 && less.extrapolated, "{less:?}");
         assert_eq!(Curve::fit(&[]), None);

@@ -72,7 +72,8 @@ fn load(out: &mut fmt::Formatter<'_>, measured: &Measured, percent: f64) -> fmt:
 
 fn pool(out: &mut fmt::Formatter<'_>, name: &str, pool: &Pool) -> fmt::Result {
     let Pool { now, wanted, binding, bounds } = pool;
-    writeln!(out, "{name}: {wanted} workers ({now} now), bound by {binding}")?;
+    let plural = if *wanted == 1 { "" } else { "s" };
+    writeln!(out, "{name}: {wanted} worker{plural} ({now} now), bound by {binding}")?;
     for Bound { name, wanted, why } in bounds {
         writeln!(out, "  {name:<10} {wanted:>4}  {why}")?;
     }

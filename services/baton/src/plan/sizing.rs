@@ -11,6 +11,8 @@ use serde::Serialize;
 /// Share of the time, of tokens a second and of KV blocks that a pool is planned to use: above it queues grow steeply and a
 /// lost worker is felt at once. The autoscalers' `kvBlocksShare` is the same number.
 pub const HEADROOM: f64 = 0.8;
+/// Tokens asked for over tokens decoded, up to which all of them count as served: both are measured.
+const SERVED: f64 = 1.25;
 /// More is not searched for.
 const MOST: u32 = 10_000;
 
@@ -116,9 +118,12 @@ fn decode(measured: &Measured, target: Target, caveats: &mut Vec<String>) -> Poo
     // The first token of a request is prefill's.
     let tokens = pool.tokens.max(measured.requests * (measured.completion_tokens - 1.0).max(0.0));
     let each = at.batch / at.seconds;
+    let computed = workers(tokens / (each * HEADROOM));
+    // Where no larger batch was seen, the workers there are have proved at least that they are enough.
+    let proved = at.at_edge && tokens <= SERVED * pool.tokens;
     let mut bounds = vec![Bound::new(
         "itl",
-        workers(tokens / (each * HEADROOM)),
+        if proved { computed.min(pool.workers) } else { computed },
         format!(
             "{tokens:.0} tokens/s at {each:.0} tokens/s a worker (batch {:.1}, {:.1} ms a step, which p{:.0} of clients see as {:.1} ms), \
              {HEADROOM} of it",
@@ -150,6 +155,11 @@ fn doubts(curve: &Curve, at: &Operating, target: Target) -> Option<String> {
         return Some(format!(
             "no number of decode workers reaches {:.1} ms between tokens: a batch of one takes longer ({range})",
             target.itl * 1e3
+        ));
+    }
+    if at.at_edge {
+        return Some(format!(
+            "larger batches may be fast enough too, and fewer decode workers do: {range}; plan under more load"
         ));
     }
     at.extrapolated.then(|| format!("a batch of {:.1} is extrapolated: {range}", at.batch))
@@ -286,5 +296,19 @@ mod tests {
         );
         let far = super::plan(&measured(), Target { itl: 0.07, ..TARGET });
         assert!(far.caveats.len() == 1 && far.caveats[0].contains("extrapolated"), "{far:#?}");
+        let edge = super::plan(&measured(), Target { itl: 1.0, ..TARGET });
+        assert!(edge.caveats.len() == 1 && edge.caveats[0].contains("plan under more load"), "{edge:#?}");
+    }
+
+    #[test]
+    fn a_light_load_that_is_served_asks_for_no_more() {
+        // One sequence now and then: 83 % of what a batch of one makes, in a tenth of the time that it may take.
+        let mut light = measured();
+        let one = Point { batch: 1.0, seconds: 0.0027, steps: 100.0 };
+        (light.requests, light.decode.tokens, light.decode.points) = (3.1, 310.0, vec![one; 3]);
+        assert_eq!(plan(&light, TARGET).decode.wanted, 1);
+        // More than is decoded is not proved.
+        light.requests = 6.2;
+        assert_eq!(plan(&light, TARGET).decode.wanted, 3);
     }
 }
