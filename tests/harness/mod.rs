@@ -21,6 +21,11 @@ pub use collector::Collector;
 pub use pool::Pool;
 pub use request::{Answer, Ask};
 
+/// For addresses that are not a whole cluster's.
+pub fn http_client(url: &str) -> http::Client {
+    http::Client::new(url).unwrap()
+}
+
 /// Whether the long version of a scenario is asked for: `make proof-…` sets it.
 pub fn is_proof(name: &str) -> bool {
     std::env::var("BATON_PROOF").is_ok_and(|asked| asked == name)

@@ -22,7 +22,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("gateway", &["openai", "proto", "telemetry"]),
     ("router", &["proto", "kv", "handoff", "membership", "telemetry"]),
     ("worker", &["engine", "handoff", "kernels", "kv", "membership", "model", "proto", "telemetry"]),
-    ("baton", &["gateway", "router", "worker", "telemetry"]),
+    ("baton", &["gateway", "router", "worker", "membership", "model", "proto", "telemetry"]),
 ];
 
 #[test]

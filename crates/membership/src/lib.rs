@@ -17,7 +17,7 @@ mod roster;
 
 pub use config::{MembershipConfig, connect, registry};
 pub use error::Error;
-pub use etcd::EtcdTls;
+pub use etcd::{Endpoint, EtcdTls, survey};
 pub use memory::Memory;
 pub use registration::Registration;
 pub use registry::RegistryServer;

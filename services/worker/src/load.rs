@@ -103,6 +103,16 @@ fn open_pool<B: Backend>(
     Ok(ModelExecutor::new(runner, None).map_err(Error::Thread)?.kv_memory())
 }
 
+/// Whether this binary has kernels for GPUs, and whether the driver's library can be loaded here.
+pub fn cuda() -> (bool, bool) {
+    (kernels::cuda::device::is_built(), kernels::cuda::device::is_driver_present())
+}
+
+/// Whether NIXL can be used: it is in this binary, and its library can be loaded here.
+pub fn nixl() -> Result<(), Error> {
+    handoff::nixl::check().map_err(Error::Transport)
+}
+
 /// Rates of the link to the device, where there is one.
 pub(crate) fn link(backend: &str, bytes: usize) -> Result<Option<LinkRates>, Error> {
     let rates = (backend == "cuda").then(|| link_rates(0, bytes));

@@ -9,12 +9,13 @@ use crate::{
     metrics::Metrics,
     pool,
     prefill::PrefillService,
+    probe::{self, ReachService},
     shared::Shared,
 };
 use axum::serve::Listener;
 use handoff::serve::HandoffServer;
 use membership::Membership;
-use proto::{Dial, decode_server::DecodeServer, prefill_server::PrefillServer};
+use proto::{Dial, decode_server::DecodeServer, prefill_server::PrefillServer, reach_server::ReachServer};
 use std::{
     fmt,
     future::Future,
@@ -79,7 +80,10 @@ where
     let (ready, readiness) = watch::channel(Readiness::not("loading the model"));
     let (current, pool) = watch::channel(None);
     let asked = CancellationToken::new();
-    let routes = pool::router(pool).merge(leave::router(asked.clone())).merge(phase::routes());
+    let routes = pool::router(pool.clone())
+        .merge(probe::router(pool))
+        .merge(leave::router(asked.clone()))
+        .merge(phase::routes());
     let admin = Server::spawn(|stop| admin::serve(admin, registry, readiness, routes, stop));
     let shutdown = async {
         tokio::select! {
@@ -164,6 +168,7 @@ where
     health.set_serving::<DecodeServer<DecodeService>>().await;
     health.set_serving::<PrefillServer<PrefillService>>().await;
     health.set_serving::<HandoffServer<Shared>>().await;
+    health.set_serving::<ReachServer<ReachService>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
         .build_v1()
@@ -175,6 +180,7 @@ where
         .add_service(decode)
         .add_service(prefill)
         .add_service(handoff)
+        .add_service(ReachService::server(shared.clone()))
         .serve_with_incoming_shutdown(incoming, stop);
     tokio::select! {
         ended = server => ended,
