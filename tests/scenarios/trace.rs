@@ -1,7 +1,9 @@
 //! Where the time of a request went: the parts of its record account for the whole, a delay shows up in the part where it
 //! was made, and a real OpenTelemetry collector has every part as a span of one trace.
 
-use crate::harness::{Ask, Cluster, Collector, Worker, alone, baton, baton_failpoints, block_on, golden};
+use crate::harness::{
+    Ask, Cluster, Collector, Worker, alone, baton, baton_failpoints, block_on, client, golden,
+};
 use futures::{StreamExt, future::join_all, stream};
 use http_body_util::BodyExt;
 use hyper::{Method, StatusCode};
@@ -159,33 +161,42 @@ fn trace_tells_where_the_time_went() {
         .into_iter()
         .enumerate()
         {
-            let (record, _) = tokio::join!(asked(&cluster, 10 + n), held(worker, phase));
-            slowest(&record.record, slow);
+            hold(worker, phase).await;
+            let (seen, ()) = tokio::join!(asked(&cluster, 10 + n), let_go_later(worker, phase));
+            slowest(&seen.record, slow);
         }
         // The second request waits for the first one's credit.
         let second = async {
             sleep(Duration::from_millis(50)).await;
             asked(&cluster, 21).await
         };
-        let (_, second, ()) = tokio::join!(asked(&cluster, 20), second, held(prefill, "reserved"));
+        hold(prefill, "reserved").await;
+        let (_, second, ()) = tokio::join!(asked(&cluster, 20), second, let_go_later(prefill, "reserved"));
         slowest(&second.record, ("ttft", "queue", "router"));
         cluster.assert_idle().await;
     });
 }
 
-async fn held(worker: &Worker, phase: &str) {
-    let admin = crate::harness::client(&worker.admin);
+async fn hold(worker: &Worker, phase: &str) {
     let path = format!("/debug/phases/{phase}");
-    admin.open(Method::PUT, &path, "{}".into()).await.unwrap();
+    client(&worker.admin).open(Method::PUT, &path, "{}".into()).await.unwrap();
+}
+
+async fn let_go(worker: &Worker, phase: &str) {
+    let path = format!("/debug/phases/{phase}");
+    client(&worker.admin).open(Method::DELETE, &path, "{}".into()).await.unwrap();
+}
+
+async fn let_go_later(worker: &Worker, phase: &str) {
     sleep(HELD).await;
-    admin.open(Method::DELETE, &path, "{}".into()).await.unwrap();
+    let_go(worker, phase).await;
 }
 
 fn slowest(record: &Value, (of, name, service): (&str, &str, &str)) {
     let delayed = part(record, of, name, service);
     let others = parts(record, of).filter(|part| part["name"] != name || part["service"] != service);
     let others: f64 = others.map(|part| part["ms"].as_f64().unwrap().abs()).sum();
-    // The hold begins somewhat before or after the request does.
+    // The request takes a moment to get there.
     let expected = HELD.as_secs_f64() * 1e3 * 0.5;
     assert!(
         delayed > expected && others < expected,
@@ -202,7 +213,7 @@ fn trace_counts_attempts_and_what_they_cost() {
         let prefills: Vec<&Worker> =
             cluster.workers.iter().filter(|worker| worker.role == "prefill").collect();
         for worker in &prefills {
-            hold(worker, Method::PUT).await;
+            hold(worker, "reserved").await;
         }
         let kill = async {
             let victim = loop {
@@ -214,7 +225,7 @@ fn trace_counts_attempts_and_what_they_cost() {
             };
             sleep(HELD).await;
             prefills[victim].signal(rustix::process::Signal::KILL);
-            hold(prefills[1 - victim], Method::DELETE).await;
+            let_go(prefills[1 - victim], "reserved").await;
         };
         let (seen, ()) = tokio::join!(asked(&cluster, 1), kill);
         let record = &seen.record;
@@ -224,13 +235,8 @@ fn trace_counts_attempts_and_what_they_cost() {
     });
 }
 
-async fn hold(worker: &Worker, method: Method) {
-    let admin = crate::harness::client(&worker.admin);
-    admin.open(method, "/debug/phases/reserved", "{}".into()).await.unwrap();
-}
-
 async fn waiting(worker: &Worker) -> u64 {
-    let (_, body) = crate::harness::client(&worker.admin).get("/debug/phases").await.unwrap();
+    let (_, body) = client(&worker.admin).get("/debug/phases").await.unwrap();
     serde_json::from_slice::<Value>(&body).unwrap()["reserved"].as_u64().unwrap()
 }
 
