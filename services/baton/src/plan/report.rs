@@ -61,7 +61,9 @@ fn load(out: &mut fmt::Formatter<'_>, measured: &Measured, percent: f64) -> fmt:
         prefill.speed,
         prefill.busy * 100.0
     )?;
-    let blocks = decode.blocks_per_sequence.map_or(String::new(), |each| format!(", {each:.1} a sequence"));
+    let blocks = decode
+        .blocks_per_sequence
+        .map_or(String::new(), |each| format!(", {each:.1} for each sequence that runs"));
     writeln!(
         out,
         "  decode             {:.0} tokens/s, {:.0} % of KV blocks held{blocks}\n",
