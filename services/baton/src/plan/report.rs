@@ -84,7 +84,7 @@ fn pool(out: &mut fmt::Formatter<'_>, name: &str, pool: &Pool) -> fmt::Result {
 
 fn line(out: &mut fmt::Formatter<'_>, signal: &Signal) -> fmt::Result {
     let Signal { pool, name, value, threshold, wanted, suggested } = signal;
-    let number = |value: &Option<f64>, absent: &str| value.map_or(absent.to_owned(), |value| short(value));
+    let number = |value: &Option<f64>, absent: &str| value.map_or(absent.to_owned(), short);
     let wanted = wanted.map_or("-".to_owned(), |wanted| wanted.to_string());
     let (value, threshold, suggested) = (number(value, "?"), number(threshold, "off"), short(*suggested));
     writeln!(out, "  {pool:<8} {name:<24} {value:>10} {threshold:>10} {wanted:>7} {suggested:>10}")
