@@ -34,6 +34,12 @@
 {{- end -}}
 {{- end -}}
 
+{{/* The section that every service has; nothing without a collector. (dict "root" $ "own" keys) */}}
+{{- define "baton.setTraces" -}}
+{{- $traces := .root.Values.monitoring.traces -}}
+{{- if $traces.endpoint }}{{ $_ := set .own "traces" (dict "endpoint" $traces.endpoint "sample" $traces.sample) }}{{ end -}}
+{{- end -}}
+
 {{- define "baton.gatewayToml" -}}
 {{- $own := dict
     "listen" (printf "%s:%d" (include "baton.any" .) (int .Values.gateway.ports.http))
@@ -42,6 +48,7 @@
     "model_dir" .Values.model.path
     "served_model_name" (list .Values.model.name)
     "timeouts" (dict "drain_ms" (mul 1000 .Values.gateway.drainSeconds)) -}}
+{{- include "baton.setTraces" (dict "root" . "own" $own) -}}
 {{- include "baton.toml" (mergeOverwrite $own (deepCopy .Values.gateway.config)) -}}
 {{- end -}}
 
@@ -54,6 +61,8 @@
     "drain_ms" (mul 1000 .Values.router.drainSeconds) -}}
 {{- if ne .Values.etcd.mode "none" }}{{ $_ := set $own "etcd" (include "baton.etcdEndpoints" . | fromJsonArray) }}{{ end -}}
 {{- with include "baton.etcdTls" . }}{{ $_ := set $own "etcd_tls" (fromJson .) }}{{ end -}}
+{{- include "baton.setTraces" (dict "root" . "own" $own) -}}
+{{- $_ := set $own "pools" (include "baton.desired" . | fromJson) -}}
 {{- include "baton.toml" (mergeOverwrite $own (deepCopy .Values.router.config)) -}}
 {{- end -}}
 
@@ -76,6 +85,7 @@
     "admin" (printf "%s:%d" (include "baton.any" $root) (int .pool.ports.admin))
     "drain_ms" (mul 1000 .pool.drainSeconds)
     "membership" $membership -}}
+{{- include "baton.setTraces" (dict "root" $root "own" $own) -}}
 {{- include "baton.toml" (mergeOverwrite $own (deepCopy .pool.config)) -}}
 {{- end -}}
 

@@ -1,5 +1,5 @@
-//! What is sent: the messages and services of `*.proto`, and the one table that says what each
-//! error code means. Knows nothing of who sends or why.
+//! What is sent: the messages and services of `*.proto`, the one table that says what each error code
+//! means, and how the parts of a token's latency add up. Knows nothing of who sends or why.
 
 // A request is larger than a heartbeat; boxing it would buy nothing.
 #![allow(clippy::large_enum_variant)]
@@ -14,5 +14,6 @@ pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
 
 mod code;
 mod dial;
+pub mod latency;
 
 pub use dial::Dial;

@@ -5,6 +5,7 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::Value;
 use std::{
     io::{BufRead, BufReader, Read},
+    path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -66,9 +67,18 @@ impl Cluster {
     }
 
     pub fn try_up(arguments: &[&str]) -> Result<Self, String> {
+        Self::start(baton(), arguments)
+    }
+
+    /// The same of another build.
+    pub fn up_of(binary: &Path, arguments: &[&str]) -> Self {
+        Self::start(binary, arguments).unwrap_or_else(|error| panic!("baton up {arguments:?}: {error}"))
+    }
+
+    fn start(binary: &Path, arguments: &[&str]) -> Result<Self, String> {
         let home = tempfile::TempDir::new().unwrap();
         let began = Instant::now();
-        let mut up = Command::new(baton())
+        let mut up = Command::new(binary)
             .args(["up", "--port", "0", "--json", "--logs"])
             .arg(home.path())
             .args(arguments)
@@ -150,6 +160,11 @@ impl Cluster {
             assert!(Instant::now() < deadline, "not idle after {patience:?}: {pools:#?}");
             sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Of `baton up`.
+    pub fn pid(&self) -> u32 {
+        self.up.id()
     }
 
     /// Signals `baton up` alone.

@@ -2,6 +2,7 @@
 
 mod binary;
 mod cluster;
+mod collector;
 pub mod deployment;
 #[path = "../../crates/membership/tests/etcd_cluster/mod.rs"]
 pub mod etcd_cluster;
@@ -16,6 +17,7 @@ pub mod table;
 
 pub use binary::{baton, baton_failpoints, has_nixl, root};
 pub use cluster::{Cluster, Worker};
+pub use collector::Collector;
 pub use pool::Pool;
 pub use request::{Answer, Ask};
 
@@ -27,6 +29,11 @@ pub fn http_client(url: &str) -> http::Client {
 /// Whether the long version of a scenario is asked for: `make proof-…` sets it.
 pub fn is_proof(name: &str) -> bool {
     std::env::var("BATON_PROOF").is_ok_and(|asked| asked == name)
+}
+
+/// Of an address in the cluster.
+pub fn client(base: &str) -> http::Client {
+    http::Client::new(base).unwrap()
 }
 
 /// Runs a scenario on a runtime of its own.

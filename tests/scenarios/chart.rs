@@ -52,10 +52,12 @@ fn chart_values_arrive() {
     let gateway: gateway::Config = parse(&of("gateway.toml")).unwrap();
     assert_eq!((gateway.limits.body_bytes, gateway.timeouts.drain_ms), (1 << 20, 120_000));
     assert_eq!(gateway.listen.to_string(), "[::]:8000");
+    assert_eq!((gateway.traces.endpoint.as_str(), gateway.traces.sample), ("http://otel:4317", 0.5));
     let router: router::Config = parse(&of("router.toml")).unwrap();
     assert_eq!((router.members.connections, router.lease_ms, router.etcd.len()), (1, 2_000, 0));
     let worker: worker::Config = parse(&of("worker.toml")).unwrap();
     assert_eq!(worker.served_model_name.as_deref(), Some(r#"quo"ted \ näme"#));
+    assert_eq!((worker.traces.endpoint.as_str(), worker.traces.sample), ("http://collector:4317", 0.25));
     assert_eq!((worker.max_reserved_share, worker.gpu_memory_utilization), (1.0, 0.5));
     assert!(worker.membership.registry.unwrap().contains("everything-router-0"));
 }

@@ -1,5 +1,6 @@
 mod api;
 mod chart;
+mod dashboard;
 mod dependencies;
 mod doctor;
 mod drain;
@@ -10,4 +11,5 @@ mod membership;
 mod observe;
 mod plan;
 mod split;
+mod trace;
 mod up;

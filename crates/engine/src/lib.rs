@@ -20,4 +20,4 @@ pub use driver::{drive, spawn};
 pub use executor::{Executor, ExecutorError, Limits, StepOutput};
 pub use handle::{EngineHandle, Offers, Quarantine, Reservation, Running};
 pub use model_executor::ModelExecutor;
-pub use sequence::{ComputedBlock, EngineLoad, Event, Finish, FirstToken, Refused, SequenceSpec};
+pub use sequence::{Computed, ComputedBlock, EngineLoad, Event, Finish, FirstToken, Refused, SequenceSpec};

@@ -3,6 +3,7 @@
 use kernels::{Logprobs, SampledToken, Sampling};
 use kv::{BlockId, Counts, StepId};
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// A sequence to run. `tokens[..prompt_len]` is the prompt; what follows is output generated earlier
 /// (elsewhere, before a preemption or a loss), which counts as output for penalties and limits; prompt
@@ -74,11 +75,21 @@ pub enum Event {
     Token {
         position: u32,
         token: SampledToken,
+        /// Absent from a forced token, which nothing was computed for.
+        computed: Option<Computed>,
     },
     Finished(Finish),
     /// Out of blocks; everything is released. Decode only: others recompute by themselves.
     Preempted,
     Failed(String),
+}
+
+/// When a token was computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Computed {
+    /// The device began the first step that the token needed after the one before it.
+    pub began: Instant,
+    pub ended: Instant,
 }
 
 /// The token with which a hand-off ends and decoding begins.

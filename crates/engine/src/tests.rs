@@ -144,13 +144,14 @@ struct Heard {
 
 /// Listens to the end; tokens must come in order, from position `first` on.
 async fn listen(running: &mut Running, first: usize) -> Heard {
-    let mut heard = Heard::default();
+    let (mut heard, mut began) = (Heard::default(), None);
     while let Some(event) = running.events.recv().await {
         assert!(heard.end.is_none(), "nothing comes after the end");
         match event {
             Event::Started { cached_tokens } => assert!(heard.cached_tokens.replace(cached_tokens).is_none()),
-            Event::Token { position, token } => {
+            Event::Token { position, token, computed } => {
                 assert_eq!(position as usize, first + heard.tokens.len());
+                assert!(computed.is_some_and(|times| began.replace(times.ended) <= Some(times.began)));
                 heard.tokens.push(token);
             }
             Event::PromptLogprob { position, .. } => heard.prompt_logprobs.push(position),

@@ -8,13 +8,17 @@ use crate::{
     direct::Pool,
     framing,
     landing::landed,
+    liveness::patience,
     sender::{self, Action, Bounds, Event, Failure},
 };
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use kv::{BlockId, Digest, KvError, KvMemory, Payload, StepId};
 use proto::{deliver_message::Message, deliver_reply::Reply};
-use std::{collections::VecDeque, time::Duration};
+use std::{
+    collections::{HashSet, VecDeque},
+    time::Duration,
+};
 use tokio::{
     sync::mpsc,
     time::{Instant, Interval, MissedTickBehavior},
@@ -96,6 +100,8 @@ pub struct Delivery {
     /// Where each computed block lies, and the step that completes it.
     places: Vec<Option<(BlockId, StepId)>>,
     reads: FuturesUnordered<BoxFuture<'static, (u32, Result<Fetched, KvError>)>>,
+    /// When the last read ended, or began while there was no other.
+    copied: Instant,
     fetched: Option<Fetched>,
     commit: Option<proto::Commit>,
     queue: VecDeque<Message>,
@@ -105,6 +111,8 @@ pub struct Delivery {
     silence: Duration,
     start: Instant,
     sent: Sent,
+    /// A block may be accepted twice.
+    accepted: HashSet<u32>,
     /// The cause behind a failure that the state machine only knows as such.
     cause: Option<Error>,
     released: VecDeque<u32>,
@@ -147,6 +155,7 @@ impl Delivery {
             sender: sender::Sender::new(blocks, has, bounds(&*pool.memory, options), Now::ZERO),
             places: vec![None; blocks as usize],
             reads: FuturesUnordered::new(),
+            copied: Instant::now(),
             fetched: None,
             commit: None,
             queue: VecDeque::from([Message::Open(opening(&order, &pool))]),
@@ -156,6 +165,7 @@ impl Delivery {
             silence: options.silence,
             start: Instant::now(),
             sent: Sent::default(),
+            accepted: HashSet::new(),
             cause: None,
             released: VecDeque::new(),
             outcome: None,
@@ -212,7 +222,10 @@ impl Delivery {
             Action::Offer { index } => self.offer(index),
             Action::Release { index } => self.released.push_back(index),
             Action::Commit => self.queue.extend(self.commit.clone().map(Message::Commit)),
-            Action::Complete => self.outcome = Some(Ok(self.sent)),
+            Action::Complete => {
+                let blocks = self.accepted.len() as u32;
+                self.outcome = Some(Ok(Sent { blocks, ..self.sent }));
+            }
             Action::Fail(failure) => self.outcome = Some(Err(self.explain(failure))),
         }
     }
@@ -239,11 +252,15 @@ impl Delivery {
         let Some((block, after)) = self.places[index as usize] else {
             return;
         };
+        if self.reads.is_empty() {
+            self.copied = Instant::now();
+        }
         let read = fetch(&self.pool, block, self.order.bindings[index as usize].rows, after);
         self.reads.push(async move { (index, read.await) }.boxed());
     }
 
     fn read(&mut self, index: u32, fetched: Result<Fetched, KvError>) {
+        self.copied = Instant::now();
         match fetched {
             Ok(fetched) => {
                 self.fetched = Some(fetched);
@@ -268,8 +285,14 @@ impl Delivery {
     }
 
     fn beat(&mut self) {
+        let pulse = (self.pulse)();
+        let patience = patience(self.silence, Duration::from_millis(pulse.longest_step_ms.into()));
+        if !self.reads.is_empty() && self.copied.elapsed() > patience {
+            let why = format!("it has copied no block out for {patience:?}");
+            return self.break_off(KvError::Stopped(why).into());
+        }
         if self.queue.is_empty() {
-            self.queue.push_back(Message::Heartbeat((self.pulse)()));
+            self.queue.push_back(Message::Heartbeat(pulse));
         }
         self.on(Event::Tick);
     }
@@ -285,7 +308,7 @@ impl Delivery {
     fn said(&mut self, reply: Reply) {
         match reply {
             Reply::Accept(proto::Accept { index }) => {
-                self.sent.blocks += 1;
+                self.accepted.insert(index);
                 self.on(Event::Accepted { index });
             }
             Reply::Refuse(proto::Refuse { index, error }) => {

@@ -15,6 +15,8 @@ pub enum Code {
     UnsupportedParameter,
     ContextLength,
     ModelNotFound,
+    /// No record of it is kept.
+    RequestNotFound,
     UnknownUrl,
     MethodNotAllowed,
     BodyTimeout,
@@ -40,6 +42,7 @@ impl Code {
             Code::UnsupportedParameter => (400, REQUEST, "unsupported_parameter"),
             Code::ContextLength => (400, REQUEST, "context_length_exceeded"),
             Code::ModelNotFound => (404, REQUEST, "model_not_found"),
+            Code::RequestNotFound => (404, REQUEST, "request_not_found"),
             Code::UnknownUrl => (404, REQUEST, "unknown_url"),
             Code::MethodNotAllowed => (405, REQUEST, "method_not_supported"),
             Code::BodyTimeout => (408, REQUEST, "timeout"),

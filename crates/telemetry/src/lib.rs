@@ -1,20 +1,26 @@
-//! What is observed: logs, metrics, trace context, and the admin port that shows them. Every metric
+//! What is observed: logs, metrics, trace context and spans, and the admin port that shows them. Every metric
 //! name of the outward contract stands in one of the three files named after the services. Knows
 //! nothing of what it counts.
 
 pub mod admin;
 pub mod gateway;
+mod latency;
 mod log;
 pub mod phase;
 pub mod router;
+pub mod spans;
 pub mod trace;
 pub mod worker;
 
 pub use admin::Readiness;
+pub use latency::{Latency, Sketch};
 pub use log::init;
 pub use prometheus_client::{metrics::counter::Counter, registry::Registry};
+pub use spans::{Spans, Traces};
 
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::{
+    exemplar::HistogramWithExemplars,
     family::{Family, MetricConstructor},
     gauge::Gauge,
     histogram::Histogram,
@@ -25,6 +31,31 @@ pub type Labels = Vec<(&'static str, String)>;
 pub type Counters = Family<Labels, Counter>;
 pub type Gauges = Family<Labels, Gauge>;
 pub type Histograms = Family<Labels, Histogram, Buckets>;
+
+/// A histogram that names a trace for each of its buckets: the last one that fell into it.
+pub type TracedHistogram = HistogramWithExemplars<Exemplar>;
+
+/// What an exemplar says of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Exemplar {
+    trace_id: TraceId,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct TraceId(u128);
+
+impl EncodeLabelValue for TraceId {
+    fn encode(&self, encoder: &mut LabelValueEncoder) -> Result<(), std::fmt::Error> {
+        std::fmt::Write::write_fmt(encoder, format_args!("{:032x}", self.0))
+    }
+}
+
+impl Exemplar {
+    /// None of a trace that nobody keeps.
+    pub fn of(context: &trace::TraceContext) -> Option<Self> {
+        context.sampled.then_some(Exemplar { trace_id: TraceId(context.trace_id) })
+    }
+}
 
 /// Upper bounds of a histogram's buckets; makes the histograms of a family.
 #[derive(Clone, Copy)]
@@ -48,6 +79,10 @@ impl Buckets {
 
     pub fn histogram(self) -> Histogram {
         Histogram::new(self.0.iter().copied())
+    }
+
+    pub fn traced(self) -> TracedHistogram {
+        HistogramWithExemplars::new(self.0.iter().copied())
     }
 }
 

@@ -12,18 +12,26 @@ pub const TRACEPARENT: &str = "traceparent";
 pub struct TraceContext {
     pub trace_id: u128,
     pub span_id: u64,
+    /// Of the span that this one is part of.
+    pub parent_id: Option<u64>,
+    /// Whether anybody keeps it.
     pub sampled: bool,
 }
 
 impl TraceContext {
     /// A new trace.
     pub fn start() -> Self {
-        TraceContext { trace_id: Uuid::new_v4().as_u128(), span_id: new_span_id(), sampled: true }
+        TraceContext {
+            trace_id: Uuid::new_v4().as_u128(),
+            span_id: new_span_id(),
+            parent_id: None,
+            sampled: true,
+        }
     }
 
-    /// The context for calls made on behalf of this one.
+    /// A span that is part of this one.
     pub fn child(self) -> Self {
-        TraceContext { span_id: new_span_id(), ..self }
+        TraceContext { span_id: new_span_id(), parent_id: Some(self.span_id), ..self }
     }
 
     /// Reads `00-<trace>-<span>-<flags>`; `None` if it is not that.
@@ -39,7 +47,7 @@ impl TraceContext {
         let trace_id = u128::from_str_radix(trace, 16).ok().filter(|id| *id != 0)?;
         let span_id = u64::from_str_radix(span, 16).ok().filter(|id| *id != 0)?;
         let flags = u8::from_str_radix(flags, 16).ok()?;
-        Some(TraceContext { trace_id, span_id, sampled: flags & 1 == 1 })
+        Some(TraceContext { trace_id, span_id, parent_id: None, sampled: flags & 1 == 1 })
     }
 
     pub fn header(&self) -> String {
@@ -57,12 +65,9 @@ pub fn inject(context: &TraceContext, metadata: &mut MetadataMap) {
     }
 }
 
-/// The caller's context, or a new trace if it sent none.
-pub fn extract(metadata: &MetadataMap) -> TraceContext {
-    metadata
-        .get(TRACEPARENT)
-        .and_then(|value| TraceContext::parse(value.to_str().ok()?))
-        .unwrap_or_else(TraceContext::start)
+/// The caller's context, if it sent one.
+pub fn extract(metadata: &MetadataMap) -> Option<TraceContext> {
+    metadata.get(TRACEPARENT).and_then(|value| TraceContext::parse(value.to_str().ok()?))
 }
 
 /// A span whose log lines carry the trace and the request.
@@ -83,7 +88,7 @@ mod tests {
         let context = TraceContext::start();
         let mut metadata = MetadataMap::new();
         inject(&context, &mut metadata);
-        assert_eq!(extract(&metadata), context);
+        assert_eq!(extract(&metadata), Some(context));
     }
 
     #[test]

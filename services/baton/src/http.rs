@@ -40,12 +40,20 @@ impl Client {
 
     /// The answer, body unread.
     pub async fn open(&self, method: Method, path: &str, body: Bytes) -> anyhow::Result<Response<Incoming>> {
+        self.open_with(method, path, body, &[]).await
+    }
+
+    pub async fn open_with(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+        headers: &[(&str, &str)],
+    ) -> anyhow::Result<Response<Incoming>> {
         let url = format!("{}{path}", self.base);
-        let request = Request::builder()
-            .method(method)
-            .uri(&url)
-            .header(CONTENT_TYPE, "application/json")
-            .body(Full::new(body))?;
+        let request = Request::builder().method(method).uri(&url).header(CONTENT_TYPE, "application/json");
+        let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+        let request = request.body(Full::new(body))?;
         self.pool.request(request).await.with_context(|| format!("no answer from {url}"))
     }
 }

@@ -12,6 +12,7 @@ mod plan;
 mod serve;
 mod settings;
 mod status;
+mod trace;
 mod up;
 
 use clap::{Parser, Subcommand};
@@ -37,6 +38,8 @@ enum Command {
     Worker(serve::WorkerArgs),
     /// Show members, load, queue and blocks of a running cluster
     Status(status::Args),
+    /// Show where the time of one request went until its first two tokens
+    Trace(trace::Args),
     /// Look at a deployment and name the fix for each thing that is wrong
     Doctor(doctor::Args),
     /// Say how many prefill and decode workers the load of a running cluster needs, and why
@@ -77,6 +80,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Router(args) => serve::router(args),
         Command::Worker(args) => serve::worker(args),
         Command::Status(args) => status::run(args),
+        Command::Trace(args) => trace::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Plan(args) => plan::run(args),

@@ -74,12 +74,14 @@ pub fn gateway(args: Args) -> anyhow::Result<ExitCode> {
         config.model_dir = demo::directory()?;
         default_name(&mut config.served_model_name);
     }
+    config.traces = config.traces.or_environment();
     telemetry::init("gateway");
     serve(|shutdown| async move { gateway::run(config, shutdown).await.context("gateway") })
 }
 
 pub fn router(args: Args) -> anyhow::Result<ExitCode> {
-    let config: router::Config = settings::load(args.config.as_deref(), &args.set)?;
+    let mut config: router::Config = settings::load(args.config.as_deref(), &args.set)?;
+    config.traces = config.traces.or_environment();
     telemetry::init("router");
     serve(|shutdown| async move { router::run(config, shutdown).await.context("router") })
 }
@@ -91,6 +93,7 @@ pub fn worker(args: WorkerArgs) -> anyhow::Result<ExitCode> {
         config.model = demo::directory()?;
         config.served_model_name.get_or_insert_with(|| demo::NAME.to_owned());
     }
+    config.traces = config.traces.or_environment();
     telemetry::init("worker");
     serve(|shutdown| async move { worker::run(config, shutdown).await.context("worker") })
 }

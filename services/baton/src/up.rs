@@ -42,6 +42,9 @@ pub struct Args {
     /// Keep the membership in this etcd instead of in the router
     #[arg(long, value_name = "URL,URL", value_delimiter = ',')]
     etcd: Vec<String>,
+    /// Send the spans of every request to the OpenTelemetry collector at this address (OTLP over gRPC)
+    #[arg(long, value_name = "URL")]
+    traces: Option<String>,
     /// Threads that compute, of each worker; 0: one for each core
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: usize,

@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use telemetry::Traces;
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -25,9 +26,12 @@ pub struct Config {
     /// `max_tokens` of `/v1/completions` when the client gives none; 0: as far as the context reaches.
     /// (OpenAI's own default is 16.) Chat always goes as far as the context reaches.
     pub default_completion_tokens: u32,
+    /// The page at `/dashboard`, and from `/` to it.
+    pub dashboard: bool,
     pub limits: Limits,
     pub stream: Stream,
     pub timeouts: Timeouts,
+    pub traces: Traces,
 }
 
 /// Beyond any of these a request is refused at once, by name.
@@ -94,9 +98,11 @@ impl Default for Config {
             worker_model: String::new(),
             max_context: 0,
             default_completion_tokens: 0,
+            dashboard: true,
             limits: Limits::default(),
             stream: Stream::default(),
             timeouts: Timeouts::default(),
+            traces: Traces::default(),
         }
     }
 }
@@ -163,7 +169,7 @@ impl Config {
         if self.model_dir.as_os_str().is_empty() {
             return Err("model_dir is missing: the directory with tokenizer.json and config.json".into());
         }
-        Ok(())
+        self.traces.check()
     }
 }
 

@@ -2,14 +2,17 @@
 
 use crate::answer::{Bounds, Upstream};
 use crate::config::ms;
+use crate::history::{History, INTERVAL};
 use crate::model::Model;
+use crate::record::Records;
 use crate::{Config, Error, cluster};
 use openai::Code;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
-use telemetry::Readiness;
 use telemetry::gateway::Metrics;
+use telemetry::{Readiness, Spans};
 use tokio::sync::{Semaphore, watch};
+use tokio::time::{MissedTickBehavior, interval};
 
 pub struct Gateway {
     pub config: Config,
@@ -18,6 +21,9 @@ pub struct Gateway {
     pub names: Vec<String>,
     pub upstream: Arc<Upstream>,
     pub metrics: Metrics,
+    pub spans: Spans,
+    /// Of the requests that ended last.
+    pub records: Arc<Records>,
     /// Places for requests.
     pub places: Arc<Semaphore>,
     /// Places for parsing and tokenising large bodies.
@@ -27,6 +33,7 @@ pub struct Gateway {
     /// Seconds since the epoch.
     pub started: u64,
     ready: watch::Sender<Readiness>,
+    history: Mutex<History>,
     /// The workers' bound; 0 while unknown.
     cluster_context: watch::Sender<u32>,
 }
@@ -38,7 +45,7 @@ impl Gateway {
     pub fn new(
         config: Config,
         dial: &proto::Dial,
-        metrics: Metrics,
+        (metrics, spans): (Metrics, Spans),
         closing: watch::Receiver<bool>,
     ) -> Result<Self, Error> {
         config.check().map_err(Error::Config)?;
@@ -51,12 +58,15 @@ impl Gateway {
             model,
             upstream,
             metrics,
+            spans,
+            records: Arc::default(),
             places: Arc::new(Semaphore::new(config.limits.concurrent_requests.min(Semaphore::MAX_PERMITS))),
             tokenizers: Arc::new(Semaphore::new(tokenizers(&config))),
             closing,
             started: since.as_secs(),
             ready: watch::Sender::new(Readiness::not("the router has not been asked yet")),
             cluster_context: watch::Sender::new(0),
+            history: Mutex::default(),
             config,
         })
     }
@@ -85,6 +95,20 @@ impl Gateway {
         loop {
             self.look().await;
             tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    pub fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub async fn keep_history(&self) {
+        let mut pace = interval(INTERVAL);
+        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            pace.tick().await;
+            let seen = self.upstream.statuses().await.ok();
+            self.history().sample(&self.metrics, seen.as_ref());
         }
     }
 

@@ -7,8 +7,11 @@ mod cluster;
 mod config;
 mod error;
 mod gateway;
+mod history;
 mod model;
 mod observe;
+mod problems;
+mod record;
 mod server;
 mod text;
 

@@ -12,7 +12,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use std::{fmt, io};
-use telemetry::Registry;
+use telemetry::spans::Identity;
+use telemetry::{Registry, Spans};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
@@ -60,8 +61,9 @@ impl<L: Listener<Addr: fmt::Debug>> Server<L> {
     pub fn on(config: Config, dial: &Dial, public: L, admin: L) -> Result<Self, Error> {
         let mut registry = Registry::default();
         let metrics = telemetry::gateway::Metrics::new(&mut registry);
+        let spans = spans(&config, &mut registry)?;
         let (cut, closing) = watch::channel(false);
-        let gateway = Arc::new(Gateway::new(config, dial, metrics, closing)?);
+        let gateway = Arc::new(Gateway::new(config, dial, (metrics, spans), closing)?);
         Ok(Server { gateway, registry: Arc::new(registry), public, admin, cut })
     }
 
@@ -79,15 +81,24 @@ impl<L: Listener<Addr: fmt::Debug>> Server<L> {
         tokio::select! {
             result = &mut serving => return Ok(result.map(drop)?),
             () = gateway.keep_looking() => {}
+            () = gateway.keep_history() => {}
             () = shutdown => {}
         }
         stop.send_replace(true);
+        let spans = gateway.spans.clone();
         if tokio::time::timeout(ms(gateway.config.timeouts.drain_ms), &mut serving).await.is_err() {
             cut.send_replace(true);
-            let _ = tokio::time::timeout(LAST_WORDS, serving).await;
+            let _ = tokio::time::timeout(LAST_WORDS, &mut serving).await;
         }
+        spans.flush().await;
         Ok(())
     }
+}
+
+fn spans(config: &Config, registry: &mut Registry) -> Result<Spans, Error> {
+    let instance = telemetry::spans::instance("gateway");
+    let identity = Identity { service: "gateway", instance: &instance, version: env!("CARGO_PKG_VERSION") };
+    Spans::start(&config.traces, &identity, registry).map_err(Error::Config)
 }
 
 async fn listen(address: SocketAddr) -> Result<Tcp, Error> {

@@ -1,8 +1,10 @@
 //! The router's configuration: one TOML file, read once at start. Durations are milliseconds.
 
 use membership::EtcdTls;
+use proto::Role;
 use serde::Deserialize;
 use std::{net::SocketAddr, time::Duration};
+use telemetry::Traces;
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -29,6 +31,29 @@ pub struct Config {
     pub prefill: Prefill,
     pub liveness: Liveness,
     pub members: Members,
+    pub traces: Traces,
+    pub pools: Pools,
+}
+
+/// How many workers of each role there should be, as whoever starts them knows; absent: unknown. It changes
+/// nothing but what is told: `/status`, `baton_members{state="desired"}`, the dashboard.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Pools {
+    pub prefill: Option<u32>,
+    pub decode: Option<u32>,
+    pub both: Option<u32>,
+}
+
+impl Pools {
+    pub fn desired(&self, role: Role) -> Option<u32> {
+        match role {
+            Role::Prefill => self.prefill,
+            Role::Decode => self.decode,
+            Role::Both => self.both,
+            Role::Unspecified => None,
+        }
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -100,6 +125,8 @@ impl Default for Config {
             prefill: Prefill::default(),
             liveness: Liveness::default(),
             members: Members::default(),
+            traces: Traces::default(),
+            pools: Pools::default(),
         }
     }
 }
@@ -154,7 +181,7 @@ impl Config {
         }
         match positive.iter().find(|(_, value)| *value == 0) {
             Some((name, _)) => Err(format!("{name} is 0, but must be at least 1")),
-            None => Ok(()),
+            None => self.traces.check(),
         }
     }
 }

@@ -146,7 +146,7 @@ struct Out<E> {
 impl Out<DecodeEvent> {
     /// Whether anybody listens.
     async fn say(&self, event: D) -> bool {
-        self.events.send(Ok(DecodeEvent { event: Some(event) })).await.is_ok()
+        self.events.send(Ok(DecodeEvent { event: Some(event), latency: None })).await.is_ok()
     }
 
     async fn silent(&self) {
@@ -271,7 +271,9 @@ impl Fake {
     }
 
     async fn prefill(self, request: PrefillRequest, out: Out<PrefillEvent>) {
-        let say = async |event| out.events.send(Ok(PrefillEvent { event: Some(event) })).await.is_ok();
+        let say = async |event| {
+            out.events.send(Ok(PrefillEvent { event: Some(event), latency: None })).await.is_ok()
+        };
         let sequence = request.sequence.clone().unwrap();
         self.world.prefills.lock().unwrap().push((self.id.clone(), request.clone()));
         let script = self.world.prefill.lock().unwrap().pop_front().unwrap_or_default();
@@ -426,7 +428,8 @@ fn shared(config: Config) -> Shared {
     let channels = Channels::new(settings, Dial::default());
     let admission = Admission::new(cluster.clone(), &config);
     let metrics = Metrics::new(&mut telemetry::Registry::default());
-    Shared { config, cluster, admission, channels, metrics, draining: AtomicBool::new(false) }
+    let spans = telemetry::Spans::off();
+    Shared { config, cluster, admission, channels, metrics, spans, draining: AtomicBool::new(false) }
 }
 
 pub fn request(prompt: u32, max_tokens: u32) -> GenerateRequest {

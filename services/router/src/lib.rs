@@ -9,6 +9,7 @@ mod cluster;
 mod config;
 #[cfg(test)]
 mod fakes;
+mod lost;
 mod metrics;
 mod path;
 mod placed;
@@ -19,8 +20,9 @@ mod queue;
 mod request;
 mod serve;
 mod service;
+mod status;
 
-pub use config::{Config, Liveness, Members, Prefill, Queue};
+pub use config::{Config, Liveness, Members, Pools, Prefill, Queue};
 pub use serve::{Router, run};
 
 use std::{
@@ -53,6 +55,7 @@ pub(crate) struct Shared {
     pub admission: Arc<admission::Admission>,
     pub channels: channels::Channels,
     pub metrics: metrics::Metrics,
+    pub spans: telemetry::Spans,
     /// Stopping: no new requests.
     pub draining: AtomicBool,
 }

@@ -11,8 +11,9 @@ use crate::{
 };
 use handoff::placement::{Action, End, Event, Placement, State};
 use proto::{
-    Advance, DecodeEvent, DecodeFinished, Delivered, Error, ErrorCode, Finished, Member, PrefillEvent,
-    PrefillRequest, Token, decode_call::Call, decode_event::Event as Decode, prefill_event::Event as Prefill,
+    Advance, DecodeEvent, DecodeFinished, Delivered, Error, ErrorCode, Finished, Member, PartName, Place,
+    PrefillEvent, PrefillRequest, Token, decode_call::Call, decode_event::Event as Decode,
+    prefill_event::Event as Prefill,
 };
 use std::{future::pending, sync::Arc};
 use tokio::time::{Instant, sleep_until};
@@ -130,13 +131,17 @@ impl<'a> Placed<'a> {
     }
 
     async fn decode_event(&mut self, event: DecodeEvent) -> Result<(), Ending> {
+        let latency = event.latency;
         let ends = matches!(event.event, Some(Decode::Decoding(_) | Decode::Finished(_)));
         if ends && !self.here && self.machine.first().is_none() && self.prefill.is_some() {
-            self.early = Some(event);
+            self.early = Some(DecodeEvent { event: event.event, latency });
             return Ok(());
         }
         match event.event {
-            Some(Decode::Token(token)) => self.judge(token, |_| Event::Token).await,
+            Some(Decode::Token(token)) => {
+                self.life.meter.call(latency.as_ref(), Place::Router);
+                self.judge(token, |_| Event::Token).await
+            }
             Some(Decode::Finished(DecodeFinished { reason, stop_token })) => {
                 self.finish(Finished { reason, stop_token }).await
             }
@@ -146,6 +151,7 @@ impl<'a> Placed<'a> {
                 self.tell(Event::Reserved { reservation, epoch, present }).await
             }
             Some(Decode::Decoding(decoding)) => {
+                self.handed_off();
                 let token =
                     decoding.first_token.ok_or_else(|| self.protocol("Decoding without a first token"))?;
                 self.judge(token, |token| Event::Decoding { token }).await
@@ -181,6 +187,7 @@ impl<'a> Placed<'a> {
         match event.event {
             Some(Prefill::Started(started)) => self.prefill_started(started.cached_tokens).await,
             Some(Prefill::FirstToken(token)) => {
+                self.life.meter.call(event.latency.as_ref(), Place::Router);
                 self.judge(token, |token| Event::FirstToken { epoch, token }).await?;
                 match self.early.take() {
                     Some(event) => self.decode_event(event).await,
@@ -191,6 +198,12 @@ impl<'a> Placed<'a> {
             Some(Prefill::Delivered(delivered)) => self.delivered(epoch, delivered).await,
             Some(Prefill::Heartbeat(_) | Prefill::Error(_)) | None => Ok(()),
         }
+    }
+
+    /// Without a first token of its own, prefill was lost at the very end.
+    fn handed_off(&mut self) {
+        let part = if self.machine.first().is_some() { PartName::Handoff } else { PartName::Lost };
+        self.life.meter.lap(part, Place::Router);
     }
 
     async fn prefill_started(&mut self, cached_tokens: u32) -> Result<(), Ending> {
@@ -241,6 +254,7 @@ impl<'a> Placed<'a> {
     }
 
     async fn prefill_lost(&mut self, failure: Failure) -> Result<(), Ending> {
+        self.life.meter.lap(PartName::Lost, Place::Router);
         let member = self.prefill.take().map(|prefill| prefill.member().clone());
         if let Some(event) = self.early.take() {
             return self.prefill_lost_at_the_end(event).await;
@@ -283,6 +297,7 @@ impl<'a> Placed<'a> {
     async fn credit_granted(&mut self, offer: Offer) -> Result<(), Ending> {
         let Some((ticket, request)) = self.ticket.take() else { return Ok(()) };
         ticket.admit();
+        self.life.meter.lap(PartName::Queue, Place::Router);
         self.credit = Some(offer.grant.prefill);
         self.ask(request).await
     }
@@ -389,6 +404,7 @@ impl<'a> Placed<'a> {
         match self.life.peer(&member) {
             Ok(peer) => {
                 let request = PrefillRequest { member: member.id.clone(), ..request };
+                self.life.meter.lap(PartName::Reservation, Place::Router);
                 self.prefill = Some(prefill(peer, request));
             }
             Err(failure) => {

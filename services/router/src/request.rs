@@ -14,11 +14,11 @@ use crate::{
     queue::Place,
 };
 use proto::{
-    DecodeEvent, DecodeStart, Error, ErrorCode, Finished, GenerateEvent, GenerateRequest, Member,
-    PromptLogprob, Sequence, Started, Token, generate_event::Event,
+    DecodeEvent, DecodeStart, Error, ErrorCode, Finished, GenerateEvent, GenerateRequest, Latency, Member,
+    PartName, Place as Spent, PromptLogprob, Sequence, Started, Token, generate_event::Event, latency::Meter,
 };
 use std::{sync::Arc, time::Duration};
-use telemetry::trace::TraceContext;
+use telemetry::{spans::Span, trace::TraceContext};
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc},
     time::{Instant, timeout, timeout_at},
@@ -39,6 +39,12 @@ pub struct Life {
     avoid: Vec<String>,
     shun_until: Option<Instant>,
     started: bool,
+    /// Of the time until the first two tokens.
+    pub meter: Meter,
+    migrations: u32,
+    arrival: Instant,
+    /// How it ended.
+    error: Option<String>,
 }
 
 /// A place that is ours: the decode worker has said so.
@@ -73,8 +79,9 @@ impl Life {
         let (tenant, priority) = (request.tenant, sequence.priority);
         // Another router has begun it.
         let resumed = sequence.tokens.len() > sequence.prompt_len as usize;
+        let arrival = Instant::now();
         Life {
-            place: Place { tenant, priority, arrival: Instant::now(), resumed },
+            place: Place { tenant, priority, arrival, resumed },
             path: Path::new(sequence),
             model: request.model,
             timeout: config::ms(timeout),
@@ -83,6 +90,10 @@ impl Life {
             avoid: Vec::new(),
             shun_until: None,
             started: false,
+            meter: Meter::start(arrival),
+            migrations: 0,
+            arrival,
+            error: None,
             shared,
             client,
             trace,
@@ -95,10 +106,12 @@ impl Life {
             Ok(finished) => Event::Finished(finished),
             Err(error) => {
                 tracing::info!(code = error.code().as_str_name(), "{error}");
+                self.error = Some(error.message.clone());
                 Event::Error(error)
             }
         };
-        let _ = self.send(last).await;
+        let counts = self.counted(Latency::default());
+        let _ = self.send(last, Some(counts)).await;
     }
 
     async fn answer(&mut self) -> Result<Finished, Error> {
@@ -111,7 +124,10 @@ impl Life {
             match Placed::new(self, reserved).run().await {
                 Ending::Finished(finished) => return Ok(finished),
                 Ending::Failed(error) => return Err(error),
-                Ending::Elsewhere(cause) => self.migrate(cause),
+                Ending::Elsewhere(cause) => {
+                    self.meter.lap(PartName::Lost, Spent::Router);
+                    self.migrate(cause);
+                }
             }
             if before == (self.path.len(), self.failures) {
                 self.fail(Error::new(ErrorCode::NoCapacity, "moved on without a token gained"))?;
@@ -126,6 +142,7 @@ impl Life {
         loop {
             let mut offer =
                 ticket.offer().await.inspect_err(|_| self.shared.metrics.placement("rejected"))?;
+            self.meter.lap(PartName::Queue, Spent::Router);
             let member = offer.grant.decode.member.clone();
             match self.open(&mut offer, ticket.deadline).await {
                 Ok((decode, first)) => {
@@ -165,16 +182,31 @@ impl Life {
     }
 
     async fn open(
-        &self,
+        &mut self,
         offer: &mut Offer,
         deadline: Instant,
     ) -> Result<(DecodeStream, DecodeEvent), Refusal> {
+        let here = offer.grant.prefill.member.id == offer.grant.decode.member.id;
+        let opened = self.try_open(offer, here, deadline).await;
+        // What prefills in this very call says itself where the time went.
+        if !here || opened.is_err() {
+            self.meter.lap(PartName::Reservation, Spent::Router);
+        }
+        opened
+    }
+
+    async fn try_open(
+        &mut self,
+        offer: &mut Offer,
+        here: bool,
+        deadline: Instant,
+    ) -> Result<(DecodeStream, DecodeEvent), Refusal> {
         let grant = &mut offer.grant;
-        let here = grant.prefill.member.id == grant.decode.member.id;
         let sequence = Some(self.path.sequence().clone());
         let peer = self.peer(&grant.decode.member).map_err(Refusal::Failed)?;
         let member = grant.decode.member.id.clone();
         let start = DecodeStart { sequence, prefill_here: here, forced: None, member };
+        self.meter.lap(PartName::Reservation, Spent::Router);
         let mut decode = DecodeStream::open(peer, start);
         let first = timeout_at(deadline, decode.events.next()).await.map_err(|_| Refusal::Late)?;
         let first = first.map_err(|failure| match failure.error.code() {
@@ -234,7 +266,8 @@ impl Life {
     }
 
     /// Counts a sequence that had a place and goes on in another.
-    pub fn migrate(&self, cause: &'static str) {
+    pub fn migrate(&mut self, cause: &'static str) {
+        self.migrations += 1;
         tracing::info!(cause, tokens = self.path.len(), "the sequence moves");
         self.shared.metrics.migration(cause);
     }
@@ -246,14 +279,15 @@ impl Life {
         }
         let (prefill_member, decode_member) = (prefill.to_owned(), decode.to_owned());
         let attempt = self.failures + 1;
-        self.send(Event::Started(Started { cached_tokens, prefill_member, decode_member, attempt })).await
+        let started = Started { cached_tokens, prefill_member, decode_member, attempt };
+        self.send(Event::Started(started), None).await
     }
 
     pub async fn prompt_logprob(&mut self, logprob: PromptLogprob) -> Result<(), Error> {
         if !self.path.prompt_logprob(logprob.position) {
             return Ok(());
         }
-        self.send(Event::PromptLogprob(logprob)).await
+        self.send(Event::PromptLogprob(logprob), None).await
     }
 
     pub async fn token(&mut self, token: Token) -> Result<(), Error> {
@@ -261,14 +295,19 @@ impl Life {
             self.shared.metrics.violation();
             return Err(Error::new(ErrorCode::Internal, violation.to_string()));
         }
-        self.send(Event::Token(token)).await
+        let latency = self.meter.token(Spent::Router).map(|latency| self.counted(latency));
+        self.send(Event::Token(token), latency).await
+    }
+
+    fn counted(&self, latency: Latency) -> Latency {
+        Latency { attempts: self.failures + 1, migrations: self.migrations, ..latency }
     }
 
     /// Waits for the client, but not for ever: it holds blocks on a worker meanwhile.
-    async fn send(&self, event: Event) -> Result<(), Error> {
+    async fn send(&self, event: Event, latency: Option<Latency>) -> Result<(), Error> {
         let patience = config::ms(self.shared.config.liveness.stalled_client_ms);
-        let sent = timeout(patience, self.client.send(GenerateEvent { event: Some(event) })).await;
-        match sent {
+        let sent = self.client.send(GenerateEvent { event: Some(event), latency });
+        match timeout(patience, sent).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(Error::new(ErrorCode::Cancelled, "the client has left")),
             Err(_) => Err(Error::new(
@@ -276,6 +315,32 @@ impl Life {
                 format!("the client took no event for {:.0} s", patience.as_secs_f32()),
             )),
         }
+    }
+}
+
+/// However it ends, its part of the trace is told.
+impl Drop for Life {
+    fn drop(&mut self) {
+        let spans = &self.shared.spans;
+        if !spans.wants(&self.trace) {
+            return;
+        }
+        for lap in self.meter.laps() {
+            spans.tell(Span::part(&self.trace, lap.name.label(), lap.from, lap.to).with("baton.of", lap.of));
+        }
+        spans.tell(Span {
+            context: self.trace,
+            name: "baton.v1.Router/Generate".into(),
+            serves: true,
+            from: self.arrival,
+            to: Instant::now(),
+            attributes: vec![
+                ("baton.request_id", self.path.sequence().request_id.clone().into()),
+                ("baton.attempts", i64::from(self.failures + 1).into()),
+                ("baton.migrations", i64::from(self.migrations).into()),
+            ],
+            error: self.error.take(),
+        });
     }
 }
 

@@ -28,7 +28,7 @@ use std::{
     },
     time::Duration,
 };
-use telemetry::{Registry, admin, admin::Readiness};
+use telemetry::{Registry, Spans, admin, admin::Readiness, spans::Identity};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
@@ -94,22 +94,27 @@ impl Router {
     {
         let Router { config, source, dial } = self;
         let mut registry = Registry::default();
-        let shared = Arc::new(shared(config, dial, &mut registry));
+        let shared = Arc::new(shared(config, dial, &mut registry)?);
         let (readiness, ready) = watch::channel(Readiness::not("starting"));
         let stopped = drained(&shared, &source, shutdown);
         let server = grpc_server(&shared, &source).await?.serve_with_incoming(incoming);
-        tokio::select! {
+        let served = tokio::select! {
             () = stopped => Ok(()),
             result = server => Ok(result?),
             result = admin::serve(admin, registry, ready, axum::Router::new(), std::future::pending()) => Ok(result?),
             () = follow(&shared, source.watch(), readiness) => Ok(()),
             () = shared.admission.run() => Ok(()),
             () = probe::run(&shared) => Ok(()),
-        }
+        };
+        shared.spans.flush().await;
+        served
     }
 }
 
-fn shared(config: Config, dial: Dial, registry: &mut Registry) -> Shared {
+fn shared(config: Config, dial: Dial, registry: &mut Registry) -> Result<Shared, Error> {
+    let instance = telemetry::spans::instance("router");
+    let identity = Identity { service: "router", instance: &instance, version: env!("CARGO_PKG_VERSION") };
+    let spans = Spans::start(&config.traces, &identity, registry).map_err(Error::Config)?;
     let cluster = Cluster::new(cluster::Settings {
         credits: Credits { tokens: config.prefill.tokens, requests: config.prefill.requests },
         refusal: ms(config.members.refusal_ms),
@@ -123,7 +128,7 @@ fn shared(config: Config, dial: Dial, registry: &mut Registry) -> Shared {
     let channels = Channels::new(settings, dial);
     let admission = Admission::new(cluster.clone(), &config);
     let (metrics, draining) = (Metrics::new(registry), AtomicBool::new(false));
-    Shared { config, cluster, admission, channels, metrics, draining }
+    Ok(Shared { config, cluster, admission, channels, metrics, spans, draining })
 }
 
 /// Where the membership comes from.

@@ -27,6 +27,14 @@ impl From<Error> for Stop {
     }
 }
 
+/// What to say of a call that ended like this, if it failed.
+pub fn stopped_by(outcome: &Result<(), Stop>) -> Option<String> {
+    match outcome {
+        Err(Stop::Failed(error)) => Some(error.message.clone()),
+        Ok(()) | Err(Stop::Gone) => None,
+    }
+}
+
 /// An event stream that can carry heartbeats and errors.
 pub trait Stream: Send + 'static {
     fn heartbeat(heartbeat: Heartbeat) -> Self;

@@ -5,6 +5,7 @@ use handoff::{Patience, deliver};
 use membership::MembershipConfig;
 use serde::{Deserialize, Serialize};
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use telemetry::Traces;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -84,6 +85,7 @@ pub struct Config {
     pub drain_ms: u64,
     /// After that, how long blocks on offer may wait to be accepted.
     pub handover_ms: u64,
+    pub traces: Traces,
     pub debug: Debug,
 }
 
@@ -174,6 +176,7 @@ impl Default for Config {
             simulated: simulated::Cost::default(),
             drain_ms: 5_000,
             handover_ms: 2_000,
+            traces: Traces::default(),
             debug: Debug::default(),
         }
     }
@@ -233,6 +236,7 @@ impl Config {
         if self.liveness.silence_ms <= 2 * self.liveness.heartbeat_ms {
             return Err(wrong("liveness.silence_ms", "is too short", "give more than twice heartbeat_ms"));
         }
+        self.traces.check().map_err(Error::Traces)?;
         self.check_advertised()?;
         self.check_transport()?;
         Ok(self.membership.check()?)

@@ -1,8 +1,8 @@
 //! Between messages and the engine's types. Whatever arrives is checked here, and a refusal names the field.
 
-use engine::{Event, Finish, Refused, SequenceSpec};
+use engine::{Computed, Event, Finish, Refused, SequenceSpec};
 use kernels::{Logprobs, SampledToken, Sampling};
-use proto::{Error, ErrorCode, FinishReason};
+use proto::{Error, ErrorCode, FinishReason, PartName, Place, latency::Meter};
 
 /// What a sequence must keep to on this worker.
 #[derive(Clone, Copy, Debug)]
@@ -169,6 +169,20 @@ pub fn token(position: u32, token: SampledToken) -> proto::Token {
         None => (None, Vec::new()),
     };
     proto::Token { id: token.id, position, logprob, top }
+}
+
+/// A first token was computed here, from the prompt.
+pub fn prefilled(meter: &mut Meter, computed: Option<Computed>) {
+    let Some(computed) = computed else { return };
+    meter.lap_until(computed.began, PartName::PrefillWait, Place::Prefill);
+    meter.lap_until(computed.ended, PartName::Prefill, Place::Prefill);
+}
+
+/// A token after the first was computed here.
+pub fn decoded(meter: &mut Meter, computed: Option<Computed>) {
+    let Some(computed) = computed else { return };
+    meter.lap_until(computed.began, PartName::DecodeWait, Place::Decode);
+    meter.lap_until(computed.ended, PartName::Decode, Place::Decode);
 }
 
 pub fn prompt_logprob(position: u32, logprobs: Logprobs) -> proto::PromptLogprob {

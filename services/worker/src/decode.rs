@@ -2,23 +2,28 @@
 //! whole sequences here. One call is one sequence's life; its end, however it comes, frees everything.
 
 use crate::{
-    call::{Call, Stop, Stream},
+    call::{Call, Stop, Stream, stopped_by},
     convert,
     reservations::Entry,
-    shared::{Shared, engine_lost},
+    shared::{Shared, Told, engine_lost},
 };
-use engine::{Event, FirstToken, Reservation, Running, SequenceSpec};
+use engine::{Computed, Event, FirstToken, Reservation, Running, SequenceSpec};
 use handoff::{
     digest,
-    receive::{Inbox, Incoming, Outcome, Plan},
+    receive::{Inbox, Incoming, Outcome, Plan, Received},
     receiver::Answer,
 };
-use proto::{DecodeEvent, Error, ErrorCode, decode_call::Call as Ask, decode_event::Event as Wire};
+use proto::{
+    DecodeEvent, Error, ErrorCode, Latency, Place, decode_call::Call as Ask, decode_event::Event as Wire,
+    latency::Meter,
+};
 use std::{sync::Arc, time::Duration};
 use telemetry::{
     phase::{self, Phase},
-    trace,
+    spans::Span,
+    trace::{self, TraceContext},
 };
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
@@ -37,7 +42,7 @@ impl Stream for DecodeEvent {
 }
 
 fn event(event: Wire) -> DecodeEvent {
-    DecodeEvent { event: Some(event) }
+    DecodeEvent { event: Some(event), latency: None }
 }
 
 #[tonic::async_trait]
@@ -48,18 +53,24 @@ impl proto::decode_server::Decode for DecodeService {
         &self,
         request: Request<Streaming<proto::DecodeCall>>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let trace = trace::extract(request.metadata());
+        let from = Instant::now();
+        let trace = self.0.spans.context(trace::extract(request.metadata()));
         let (call, stream) = Call::open(self.0.clone());
-        let mut life = Life { call, asks: Some(request.into_inner()), seen: None };
+        let (asks, meter) = (Some(request.into_inner()), Meter::start(from));
+        let mut life = Life { call, asks, seen: None, trace, meter, prefills: false };
         self.0.spawn(async move {
+            let mut request_id = String::new();
             let outcome = match life.start().await {
                 Ok(start) => {
-                    let id = start.sequence.as_ref().map_or("", |sequence| &sequence.request_id);
-                    let span = trace::span("decode", &trace, id);
+                    request_id = start.sequence.as_ref().map_or_else(String::new, |s| s.request_id.clone());
+                    let span = trace::span("decode", &trace, &request_id);
                     life.live(start).instrument(span).await
                 }
                 Err(stop) => Err(stop),
             };
+            let told =
+                Told { name: "baton.v1.Decode/Generate", request_id, from, error: stopped_by(&outcome) };
+            life.call.shared.tell(told, trace, &life.meter);
             life.call.end(outcome).await;
         });
         Ok(Response::new(stream))
@@ -72,6 +83,11 @@ struct Life {
     asks: Option<Streaming<proto::DecodeCall>>,
     /// Position of a token that the client has and is not told again.
     seen: Option<u32>,
+    trace: TraceContext,
+    /// Of the tokens that are measured here.
+    meter: Meter,
+    /// The next token is the first, and computed here.
+    prefills: bool,
 }
 
 impl Life {
@@ -98,6 +114,7 @@ impl Life {
     async fn run_here(&mut self, spec: SequenceSpec) -> Result<(), Stop> {
         let engine = self.call.shared.engine.clone();
         self.seen = spec.forced.map(|_| spec.tokens.len() as u32);
+        self.prefills = true;
         let running = self.unless_stopped(engine.generate(spec)).await?.map_err(convert::refused)?;
         self.stream(running).await
     }
@@ -121,7 +138,7 @@ impl Life {
         let engine = shared.engine.clone();
         let (mut incoming, inbox) = Incoming::new(plan, shared.pool.clone(), move || engine.last_submitted());
         let outcome = self.receive(&mut incoming, inbox, reserved).await;
-        shared.metrics.handed_off(&incoming.received(), &outcome);
+        self.received(&incoming.received(), &outcome);
         let reservation = settle(&shared, reservation, incoming).await;
         match (outcome?, reservation) {
             (Outcome::Complete(commit), Some(reservation)) => self.decode(reservation, commit).await,
@@ -131,6 +148,17 @@ impl Life {
             }
             (Outcome::Stalled, _) => Err(engine_lost("its device has not copied a block in time").into()),
             _ => Err(Error::new(ErrorCode::Deadline, "no prefill delivered in time").into()),
+        }
+    }
+
+    fn received(&self, received: &Received, outcome: &Result<Outcome, Stop>) {
+        let shared = &self.call.shared;
+        shared.metrics.handed_off(received, outcome);
+        if received.blocks > 0 && shared.spans.wants(&self.trace) {
+            let now = Instant::now();
+            let span = Span::part(&self.trace, "receive", now - received.elapsed, now);
+            let (blocks, bytes) = (i64::from(received.blocks), received.bytes as i64);
+            shared.spans.tell(span.with("baton.blocks", blocks).with("baton.bytes", bytes));
         }
     }
 
@@ -176,6 +204,7 @@ impl Life {
     async fn decode(&mut self, reservation: Reservation, commit: proto::Commit) -> Result<(), Stop> {
         let first = commit.first_token.ok_or_else(|| invalid("`commit.first_token` is missing"))?;
         let running = reservation.activate(FirstToken(first.id)).await;
+        self.meter = Meter::after_first(Instant::now());
         self.emit(Wire::Decoding(proto::Decoding { first_token: Some(first) })).await?;
         self.stream(running).await
     }
@@ -207,6 +236,7 @@ impl Life {
 
     /// Whether that was the last event.
     async fn pass(&mut self, event: Option<Event>) -> Result<bool, Stop> {
+        let mut latency = None;
         let wire = match event {
             Some(Event::Started { cached_tokens }) => {
                 Wire::LocalPrefill(proto::LocalPrefill { cached_tokens: cached_tokens as u32 })
@@ -215,7 +245,10 @@ impl Life {
                 Wire::PromptLogprob(convert::prompt_logprob(position, logprobs))
             }
             Some(Event::Token { position, .. }) if self.seen == Some(position) => return Ok(false),
-            Some(Event::Token { position, token }) => Wire::Token(convert::token(position, token)),
+            Some(Event::Token { position, token, computed }) => {
+                latency = self.measured(computed);
+                Wire::Token(convert::token(position, token))
+            }
             Some(Event::Finished(finish)) => {
                 let (reason, stop_token) = convert::finish(finish);
                 Wire::Finished(proto::DecodeFinished { reason: reason as i32, stop_token })
@@ -226,8 +259,17 @@ impl Life {
             None => return Err(engine_lost("it dropped the sequence").into()),
         };
         let last = matches!(wire, Wire::Finished(_) | Wire::Preempted(_));
-        self.emit(wire).await?;
+        self.call.emit(DecodeEvent { event: Some(wire), latency }).await?;
         Ok(last)
+    }
+
+    fn measured(&mut self, computed: Option<Computed>) -> Option<Latency> {
+        let (measure, place): (fn(&mut Meter, _), _) = match std::mem::take(&mut self.prefills) {
+            true => (convert::prefilled, Place::Prefill),
+            false => (convert::decoded, Place::Decode),
+        };
+        measure(&mut self.meter, computed);
+        self.meter.token(place)
     }
 
     async fn emit(&mut self, wire: Wire) -> Result<(), Stop> {

@@ -26,6 +26,7 @@ impl Reservations for Shared {
     }
 
     fn span(&self, headers: &HeaderMap) -> Span {
-        trace::span("deliver", &trace::extract(&MetadataMap::from_headers(headers.clone())), "")
+        let caller = trace::extract(&MetadataMap::from_headers(headers.clone()));
+        trace::span("deliver", &self.spans.context(caller), "")
     }
 }

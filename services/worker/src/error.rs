@@ -14,6 +14,8 @@ pub enum Error {
     Model(#[from] model::Error),
     #[error("`handoff.transport`: {0}")]
     Transport(handoff::Error),
+    #[error("configuration: {0}")]
+    Traces(String),
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
     #[error("the engine stopped: {0}; the worker cannot go on and must be started again")]

@@ -2,9 +2,9 @@
 //! that reserved for it, while later chunks still compute. Ending the call frees everything.
 
 use crate::{
-    call::{Call, Stop, Stream},
+    call::{Call, Stop, Stream, stopped_by},
     convert,
-    shared::{Shared, engine_lost},
+    shared::{Shared, Told, engine_lost},
 };
 use engine::{ComputedBlock, Event, Finish, Running, SequenceSpec};
 use handoff::{
@@ -12,12 +12,13 @@ use handoff::{
     digest,
 };
 use kv::StepId;
-use proto::{Error, ErrorCode, PrefillEvent, prefill_event::Event as Wire};
+use proto::{Error, ErrorCode, Place, PrefillEvent, latency::Meter, prefill_event::Event as Wire};
 use std::sync::Arc;
 use telemetry::{
     phase::{self, Phase},
     trace::{self, TraceContext},
 };
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 use tracing::Instrument;
@@ -36,7 +37,7 @@ impl Stream for PrefillEvent {
 }
 
 fn event(event: Wire) -> PrefillEvent {
-    PrefillEvent { event: Some(event) }
+    PrefillEvent { event: Some(event), latency: None }
 }
 
 #[tonic::async_trait]
@@ -47,13 +48,18 @@ impl proto::prefill_server::Prefill for PrefillService {
         &self,
         request: Request<proto::PrefillRequest>,
     ) -> Result<Response<Self::PrefillStream>, Status> {
-        let trace = trace::extract(request.metadata());
+        let from = Instant::now();
+        let trace = self.0.spans.context(trace::extract(request.metadata()));
         let request = request.into_inner();
-        let id = request.sequence.as_ref().map_or("", |sequence| &sequence.request_id);
-        let span = trace::span("prefill", &trace, id);
+        let request_id = request.sequence.as_ref().map_or_else(String::new, |s| s.request_id.clone());
+        let span = trace::span("prefill", &trace, &request_id);
         let (mut call, stream) = Call::open(self.0.clone());
         let life = async move {
-            let outcome = live(&mut call, request, &trace).await;
+            let mut meter = Meter::start(from);
+            let outcome = live(&mut call, request, &trace, &mut meter).await;
+            let told =
+                Told { name: "baton.v1.Prefill/Prefill", request_id, from, error: stopped_by(&outcome) };
+            call.shared.tell(told, trace, &meter);
             call.end(outcome).await;
         };
         self.0.spawn(life.instrument(span));
@@ -65,6 +71,7 @@ async fn live(
     call: &mut Call<PrefillEvent>,
     request: proto::PrefillRequest,
     trace: &TraceContext,
+    meter: &mut Meter,
 ) -> Result<(), Stop> {
     let shared = call.shared.clone();
     shared.check_member(&request.member)?;
@@ -79,14 +86,14 @@ async fn live(
         stop = call.stopped() => return Err(stop),
     };
     let mut metadata = MetadataMap::new();
-    trace::inject(&trace.child(), &mut metadata);
+    trace::inject(trace, &mut metadata);
     let pulse = {
         let shared = shared.clone();
         Box::new(move || shared.heartbeat())
     };
     let options = shared.config.deliver();
     let delivery = Delivery::open(channel, order, shared.pool.clone(), pulse, options, metadata);
-    Prefilling { call, running, delivery, spec, phase: Phase::Prefilling, ended: None }.run().await
+    Prefilling { call, running, delivery, spec, meter, phase: Phase::Prefilling, ended: None }.run().await
 }
 
 /// An ending that decode has, or that the way there has, is not this worker's.
@@ -149,6 +156,7 @@ struct Prefilling<'a> {
     running: Running,
     delivery: Delivery,
     spec: SequenceSpec,
+    meter: &'a mut Meter,
     phase: Phase,
     /// Whether the first token ended the sequence; `None` until it is there.
     ended: Option<Option<Finish>>,
@@ -176,7 +184,10 @@ impl Prefilling<'_> {
             Some(Event::PromptLogprob { position, logprobs }) => {
                 self.emit(Wire::PromptLogprob(convert::prompt_logprob(position, logprobs))).await
             }
-            Some(Event::Token { position, token }) => self.first_token(convert::token(position, token)).await,
+            Some(Event::Token { position, token, computed }) => {
+                convert::prefilled(self.meter, computed);
+                self.first_token(convert::token(position, token)).await
+            }
             Some(Event::Failed(cause)) => Err(Error::new(ErrorCode::Internal, cause).into()),
             Some(event @ (Event::Finished(_) | Event::Preempted)) => Err(convert::unexpected(&event).into()),
             None => Err(engine_lost("it dropped the sequence").into()),
@@ -204,7 +215,8 @@ impl Prefilling<'_> {
         let ended = convert::ends(&self.spec, token.id, self.call.shared.bounds.max_context);
         self.ended = Some(ended);
         self.call.delivers = true;
-        self.emit(Wire::FirstToken(token.clone())).await?;
+        let latency = self.meter.token(Place::Prefill);
+        self.call.emit(PrefillEvent { event: Some(Wire::FirstToken(token.clone())), latency }).await?;
         let finish = ended.map(convert::finish);
         self.delivery.first_token(proto::Commit {
             first_token: Some(token),

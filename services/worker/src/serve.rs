@@ -24,7 +24,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use telemetry::{Readiness, Registry, admin, phase};
+use telemetry::{Readiness, Registry, Spans, admin, phase, spans::Identity};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
@@ -74,6 +74,9 @@ where
 {
     let mut registry = Registry::default();
     let metrics = Metrics::new(config.role, config.handoff.transport, &mut registry);
+    let id = telemetry::spans::instance(config.role.name());
+    let service = Identity { service: config.role.name(), instance: &id, version: env!("CARGO_PKG_VERSION") };
+    let spans = Spans::start(&config.traces, &service, &mut registry).map_err(Error::Traces)?;
     let (ready, readiness) = watch::channel(Readiness::not("loading the model"));
     let (current, pool) = watch::channel(None);
     let asked = CancellationToken::new();
@@ -101,13 +104,14 @@ where
         }
     };
     let Place { addresses, membership, dial } = place;
-    let shared = Arc::new(Shared::new(config, dial, engine, identity, metrics)?);
+    let shared = Arc::new(Shared::new(id, config, dial, engine, identity, (metrics, spans))?);
     shared.metrics.loaded(&shared.load());
     current.send_replace(Some(shared.clone()));
     let server = Server::spawn(|stop| grpc(incoming, shared.clone(), stop));
-    let worker = Worker { shared, model, addresses, server, ready };
+    let worker = Worker { shared: shared.clone(), model, addresses, server, ready };
     let outcome = worker.live(&*membership, shutdown).await;
     admin.stop().await;
+    shared.spans.flush().await;
     outcome
 }
 

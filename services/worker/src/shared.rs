@@ -8,9 +8,10 @@ use crate::{
 use engine::{EngineHandle, EngineLoad};
 use handoff::{direct::Pool, nixl};
 use kv::{KvLayout, KvMemory};
-use proto::{Dial, Error, ErrorCode};
+use proto::{Dial, Error, ErrorCode, latency::Meter};
 use std::{future::Future, sync::Arc, time::Duration};
-use tokio::sync::watch;
+use telemetry::{Spans, spans::Span, trace::TraceContext};
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 pub struct Shared {
@@ -26,6 +27,7 @@ pub struct Shared {
     pub reservations: Reservations,
     pub channels: Channels,
     pub metrics: Metrics,
+    pub spans: Spans,
     load: watch::Receiver<EngineLoad>,
     /// New work is refused.
     draining: CancellationToken,
@@ -43,17 +45,26 @@ pub struct Identity {
     pub bounds: Bounds,
 }
 
+/// A call that has ended.
+pub struct Told {
+    pub name: &'static str,
+    pub request_id: String,
+    pub from: Instant,
+    pub error: Option<String>,
+}
+
 impl Shared {
+    /// `id` is of this incarnation.
     pub fn new(
+        id: String,
         config: Config,
         dial: Dial,
         engine: EngineHandle,
         identity: Identity,
-        metrics: Metrics,
+        (metrics, spans): (Metrics, Spans),
     ) -> Result<Self, crate::Error> {
         let memory = engine.kv_memory();
         let layout = memory.layout();
-        let id = format!("{}-{}", config.role.name(), uuid::Uuid::new_v4());
         Ok(Shared {
             pool: pool(config.handoff.transport, &id, &memory).map_err(crate::Error::Transport)?,
             id,
@@ -71,6 +82,7 @@ impl Shared {
             engine,
             config,
             metrics,
+            spans,
         })
     }
 
@@ -120,6 +132,26 @@ impl Shared {
 
     fn leaving(&self) -> Error {
         Error::new(ErrorCode::Draining, format!("worker {} is leaving the cluster", self.id))
+    }
+
+    /// Tells what one call did: the whole of it, and the stretches that were measured.
+    pub fn tell(&self, call: Told, trace: TraceContext, meter: &Meter) {
+        if !self.spans.wants(&trace) {
+            return;
+        }
+        for lap in meter.laps() {
+            self.spans.tell(Span::part(&trace, lap.name.label(), lap.from, lap.to).with("baton.of", lap.of));
+        }
+        let request_id = call.request_id.into();
+        self.spans.tell(Span {
+            context: trace,
+            name: call.name.into(),
+            serves: true,
+            from: call.from,
+            to: Instant::now(),
+            attributes: vec![("baton.request_id", request_id), ("baton.member", self.id.clone().into())],
+            error: call.error,
+        });
     }
 
     /// Runs one call in a task, which [`Self::drain`] waits for.

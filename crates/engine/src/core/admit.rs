@@ -24,7 +24,7 @@ impl Core {
         self.require_fit(spec.tokens.len())?;
         let accepted = self.accept(Kind::Whole, spec, offers);
         let sequence = self.sequences.get_mut(&accepted.id).expect("just accepted");
-        sequence.on_start = forced.map(|token| Event::Token { position, token });
+        sequence.on_start = forced.map(|token| Event::Token { position, token, computed: None });
         self.wait(accepted.id);
         Ok(accepted)
     }

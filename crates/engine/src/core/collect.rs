@@ -4,20 +4,24 @@ use super::{
     Core, Kind, SequenceId, State,
     plan::{Part, Prepared},
 };
-use crate::{Event, ExecutorError, StepOutput, StepRecord};
+use crate::{Computed, Event, ExecutorError, StepOutput, StepRecord};
 use kernels::{EntryOutput, SampledToken};
 use kv::StepId;
+use tokio::time::Instant;
 
 /// A step that the executor has and has not given back.
 pub(super) struct InFlight {
     pub step: StepId,
     pub prepared: Prepared,
+    /// When the device could begin it: when it was submitted, or when the one before it ended.
+    pub began: Instant,
 }
 
 impl Core {
     /// Takes the output of the oldest step in flight.
     pub fn collect(&mut self, output: StepOutput) -> Result<StepRecord, ExecutorError> {
-        let InFlight { step, prepared } = self.in_flight.pop_front().ok_or_else(|| unasked(&output))?;
+        let InFlight { step, prepared, began } =
+            self.in_flight.pop_front().ok_or_else(|| unasked(&output))?;
         if output.step != step || output.entries.len() != prepared.parts.len() {
             return Err(ExecutorError(format!(
                 "step {step} of {} entries was answered by step {} of {}",
@@ -26,24 +30,30 @@ impl Core {
                 output.entries.len()
             )));
         }
+        let computed = Computed { began, ended: Instant::now() };
+        if let Some(next) = self.in_flight.front_mut() {
+            next.began = computed.ended;
+        }
         self.collected = step;
         self.longest_step.add(output.elapsed);
         for (part, entry) in prepared.parts.iter().zip(output.entries) {
-            self.settle(part, entry)?;
+            self.settle(part, entry, computed)?;
         }
         Ok(StepRecord {
             kind: prepared.kind(),
             tokens: prepared.tokens,
+            decoding: prepared.decoding(),
             sequences: prepared.parts.len(),
             elapsed: output.elapsed,
         })
     }
 
-    fn settle(&mut self, part: &Part, output: EntryOutput) -> Result<(), ExecutorError> {
+    fn settle(&mut self, part: &Part, output: EntryOutput, computed: Computed) -> Result<(), ExecutorError> {
         let Some(sequence) = self.sequences.get_mut(&part.id).filter(|s| s.run == part.run) else {
             return Ok(());
         };
         sequence.computed = part.computed;
+        sequence.began.get_or_insert(computed.began);
         sequence.unseen -= usize::from(part.sampled);
         for (position, logprobs) in output.prompt_logprobs {
             sequence.logprobs_from = position as usize + 1;
@@ -56,18 +66,19 @@ impl Core {
             (true, None) => Err(ExecutorError("a token was to be sampled and none came back".to_owned())),
             (false, None) => Ok(()),
             (_, Some(token)) => {
-                self.extend(part.id, token);
+                self.extend(part.id, token, computed.ended);
                 Ok(())
             }
         }
     }
 
     /// One more token, which may be the last.
-    fn extend(&mut self, id: SequenceId, token: SampledToken) {
+    fn extend(&mut self, id: SequenceId, token: SampledToken, ended: Instant) {
         let sequence = self.sequences.get_mut(&id).expect("settled");
         let position = sequence.tokens.len() as u32;
         sequence.push(token.id);
-        sequence.send(Event::Token { position, token });
+        let computed = sequence.began.take().map(|began| Computed { began, ended });
+        sequence.send(Event::Token { position, token, computed });
         let finish = sequence.finish();
         if sequence.kind == Kind::Prefill {
             if let Some(finish) = finish {

@@ -7,6 +7,7 @@ use crate::{
 };
 use kernels::{Entry, StepInput};
 use kv::{BlockHash, Holder, StepId};
+use tokio::time::Instant;
 
 /// One sequence's part of a step.
 pub(super) struct Part {
@@ -25,9 +26,12 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
+    pub fn decoding(&self) -> usize {
+        self.parts.iter().filter(|part| part.decodes).count()
+    }
+
     pub fn kind(&self) -> StepKind {
-        let decodes = self.parts.iter().filter(|part| part.decodes).count();
-        match decodes {
+        match self.decoding() {
             0 => StepKind::Prefill,
             all if all == self.parts.len() => StepKind::Decode,
             _ => StepKind::Mixed,
@@ -59,7 +63,7 @@ impl Core {
         for part in &prepared.parts {
             self.announce(part, step);
         }
-        self.in_flight.push_back(InFlight { step, prepared });
+        self.in_flight.push_back(InFlight { step, prepared, began: Instant::now() });
     }
 
     fn consult(&self) -> Plan {

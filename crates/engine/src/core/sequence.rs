@@ -5,7 +5,10 @@ use crate::{Event, Finish, Offers, SequenceSpec};
 use kernels::{Input, PromptLogprobs, Sampling, SlotInit};
 use kv::{BlockHash, BlockId, Holder, hash_blocks};
 use std::sync::Arc;
-use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::{
+    sync::mpsc::{self, error::TrySendError},
+    time::Instant,
+};
 
 /// How far a sequence goes here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +74,8 @@ pub(super) struct Sequence {
     pub computed: usize,
     /// Tokens sampled by steps in flight.
     pub unseen: usize,
+    /// When the first step towards the next token began.
+    pub began: Option<Instant>,
     /// Blocks given to the prefix index.
     pub published: usize,
     /// Counts preemptions: outputs of an earlier run are not for this one.
@@ -119,6 +124,7 @@ impl Sequence {
             submitted: 0,
             computed: 0,
             unseen: 0,
+            began: None,
             published: 0,
             run: 0,
             started: false,

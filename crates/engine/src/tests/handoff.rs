@@ -194,7 +194,7 @@ async fn a_forced_token_is_told_and_never_sampled() {
     let token = loop {
         match running.events.recv().await.expect("goes on") {
             Event::Computed { blocks, .. } => offered += blocks.len(),
-            Event::Token { position, token } => break (position, token),
+            Event::Token { position, token, .. } => break (position, token),
             _ => {}
         }
     };

@@ -4,7 +4,8 @@
 
 use super::choice::{self, Choice, Scored, Step};
 use super::generation::Event;
-use super::upstream::{Break, Events, LOSSES, Upstream};
+use super::upstream::{Break, Events, Heard, LOSSES, Upstream};
+use crate::observe::Observation;
 use futures::Stream;
 use proto::generate_event::Event as Reply;
 use proto::{ErrorCode, GenerateRequest, PromptLogprob, Token};
@@ -19,6 +20,8 @@ pub struct Call {
     pub choice: Choice,
     /// The prompt as this choice's text begins with it, if it is to.
     pub echo: Option<Echo>,
+    /// Where the time of its first tokens is written down, if that is wanted of this choice.
+    pub observation: Option<Arc<Observation>>,
 }
 
 /// An echoed prompt: its text, and its tokens where logprobs are asked for.
@@ -86,17 +89,32 @@ impl Running {
         self.resumes += 1;
         let resumed = self.call.upstream.resume(&self.call.request, &self.call.trace, &lost).await;
         let (first, events) = resumed.map_err(in_the_middle)?;
-        self.events = Some(events);
+        self.opened(events);
         self.take(first)
     }
 
     async fn open(&mut self) -> Result<(), proto::Error> {
+        self.observe(Observation::ready);
         let (first, events) = self.call.upstream.open(&self.call.request, &self.call.trace).await?;
-        self.events = Some(events);
+        self.opened(events);
         self.take(first)
     }
 
-    fn take(&mut self, reply: Reply) -> Result<(), proto::Error> {
+    fn opened(&mut self, events: Events) {
+        self.observe(|observation| observation.asked(events.asked, events.retried || self.resumes > 0));
+        self.events = Some(events);
+    }
+
+    fn observe(&self, observe: impl FnOnce(&Observation)) {
+        if let Some(observation) = &self.call.observation {
+            observe(observation);
+        }
+    }
+
+    fn take(&mut self, (reply, latency): Heard) -> Result<(), proto::Error> {
+        if matches!(reply, Reply::Token(_) | Reply::Finished(_) | Reply::Error(_)) {
+            self.observe(|observation| observation.heard(latency.as_ref(), matches!(reply, Reply::Token(_))));
+        }
         match reply {
             Reply::Started(_) if std::mem::replace(&mut self.started, true) => {}
             Reply::Started(started) => {

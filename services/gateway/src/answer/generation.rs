@@ -119,6 +119,7 @@ impl Generation {
         match event {
             Event::Started(started) if !self.prompts[prompt].placed => {
                 self.prompts[prompt].placed = true;
+                self.setting.observation.placed(started);
                 self.usage.cached_tokens += started.cached_tokens;
             }
             Event::Echo(step) if choice == 0 && self.plan.n > 1 => {
@@ -145,10 +146,11 @@ impl Generation {
         let sequence = self.plan.sequence(prompt, choice, format!("{}.{index}", self.setting.sequence_id));
         let call = Call {
             upstream: self.setting.upstream.clone(),
-            trace: self.setting.observation.trace.child(),
+            trace: self.setting.observation.trace,
             request: GenerateRequest { sequence: Some(sequence), ..self.setting.request.clone() },
             choice: self.choice(prompt),
             echo: self.echo(prompt),
+            observation: (index == 0).then(|| self.setting.observation.clone()),
         };
         self.calls.push(call.stream().map(move |item| (index, item)).boxed());
     }

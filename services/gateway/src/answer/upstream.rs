@@ -2,10 +2,12 @@
 //! its first event, the next is asked. When one is lost in the middle of an answer, another goes on from there.
 
 use crate::Error;
+use crate::cluster::Seen;
 use crate::config::{Timeouts, ms};
+use futures::future::join_all;
 use proto::generate_event::Event;
 use proto::router_client::RouterClient;
-use proto::{Dial, ErrorCode, GenerateEvent, GenerateRequest, StatusReply, StatusRequest};
+use proto::{Dial, ErrorCode, GenerateEvent, GenerateRequest, Latency, StatusReply, StatusRequest};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use telemetry::Counter;
@@ -26,7 +28,14 @@ pub struct Upstream {
 pub struct Events {
     stream: Streaming<GenerateEvent>,
     router: usize,
+    /// When this router was asked.
+    pub asked: Instant,
+    /// Others were asked before, in vain.
+    pub retried: bool,
 }
+
+/// An event, and where its time went.
+pub type Heard = (Event, Option<Latency>);
 
 /// Why an answer does not go on.
 pub enum Break {
@@ -81,7 +90,7 @@ impl Upstream {
         &self,
         request: &GenerateRequest,
         trace: &TraceContext,
-    ) -> Result<(Event, Events), proto::Error> {
+    ) -> Result<(Heard, Events), proto::Error> {
         match self.open_anywhere(request, trace).await {
             Err(Failure::Lost(problem)) => self.resume(request, trace, &problem).await,
             other => other.map_err(Failure::into),
@@ -94,7 +103,7 @@ impl Upstream {
         request: &GenerateRequest,
         trace: &TraceContext,
         lost: &str,
-    ) -> Result<(Event, Events), proto::Error> {
+    ) -> Result<(Heard, Events), proto::Error> {
         let (deadline, mut losses) = (Instant::now() + self.resume, 0);
         loop {
             let problem = match self.open_anywhere(request, trace).await {
@@ -103,9 +112,10 @@ impl Upstream {
                     losses += 1;
                     problem
                 }
-                other => {
-                    self.resumed.inc_by(u64::from(other.is_ok()));
-                    return other.map_err(Failure::into);
+                Err(refused) => return Err(refused.into()),
+                Ok((first, events)) => {
+                    self.resumed.inc();
+                    return Ok((first, Events { retried: true, ..events }));
                 }
             };
             if Instant::now() > deadline || losses == LOSSES {
@@ -120,13 +130,15 @@ impl Upstream {
         &self,
         request: &GenerateRequest,
         trace: &TraceContext,
-    ) -> Result<(Event, Events), Failure> {
+    ) -> Result<(Heard, Events), Failure> {
         let (mut problems, mut lost) = (Vec::new(), false);
         for index in self.order() {
+            let asked = Instant::now();
             match self.open_at(&self.routers[index], request, trace).await {
                 Ok((first, stream)) => {
                     self.preferred.store(index, Ordering::Relaxed);
-                    return Ok((first, Events { stream, router: index }));
+                    let retried = !problems.is_empty();
+                    return Ok((first, Events { stream, router: index, asked, retried }));
                 }
                 Err(Failure::Unreachable(problem)) => problems.push(self.unreachable(index, problem)),
                 Err(Failure::Lost(problem)) => {
@@ -144,23 +156,35 @@ impl Upstream {
     pub async fn status(&self) -> Result<StatusReply, proto::Error> {
         let mut problems = Vec::new();
         for index in self.order() {
-            let mut client = self.routers[index].client.clone();
-            match timeout(STATUS_TIMEOUT, client.status(StatusRequest {})).await {
-                Ok(Ok(reply)) => return Ok(reply.into_inner()),
-                Ok(Err(status)) => {
-                    problems.push(format!("{}: {}", self.routers[index].address, describe(&status)))
-                }
-                Err(_) => problems.push(format!("{}: no answer in time", self.routers[index].address)),
+            match self.routers[index].status().await {
+                Ok(status) => return Ok(status),
+                Err(problem) => problems.push(format!("{}: {problem}", self.routers[index].address)),
             }
         }
-        Err(proto::Error::new(ErrorCode::NoMembers, format!("no router answers: {}", problems.join("; "))))
+        Err(nobody(&problems))
+    }
+
+    /// The cluster as all routers see it, asked at the same time.
+    pub async fn statuses(&self) -> Result<Seen, proto::Error> {
+        let answers = join_all(self.order().map(|index| self.routers[index].status())).await;
+        let (mut answering, mut silent) = (Vec::new(), Vec::new());
+        for (index, answer) in self.order().zip(answers) {
+            let address = self.routers[index].address.clone();
+            match answer {
+                Ok(status) => answering.push((address, status)),
+                Err(problem) => silent.push((address, problem)),
+            }
+        }
+        let problems: Vec<String> =
+            silent.iter().map(|(address, problem)| format!("{address}: {problem}")).collect();
+        Seen::new(answering, silent).ok_or_else(|| nobody(&problems))
     }
 
     /// The next event that is no heartbeat.
-    pub async fn next(&self, events: &mut Events) -> Result<Event, Break> {
+    pub async fn next(&self, events: &mut Events) -> Result<Heard, Break> {
         let problem = match self.hear(&mut events.stream).await {
-            Ok(Some(Event::Error(error))) if error.code() == ErrorCode::Draining => error.message,
-            Ok(Some(event)) => return Ok(event),
+            Ok(Some((Event::Error(error), _))) if error.code() == ErrorCode::Draining => error.message,
+            Ok(Some(heard)) => return Ok(heard),
             Ok(None) => "it closed the stream".into(),
             Err(status) if spoken(&status) => return Err(Break::Failed(status.into())),
             Err(status) => describe(&status),
@@ -172,14 +196,14 @@ impl Upstream {
     }
 
     /// `None` at the end of the stream.
-    async fn hear(&self, events: &mut Streaming<GenerateEvent>) -> Result<Option<Event>, Status> {
+    async fn hear(&self, events: &mut Streaming<GenerateEvent>) -> Result<Option<Heard>, Status> {
         loop {
             let message =
                 timeout(self.silence, events.message()).await.map_err(|_| silent(self.silence))??;
-            match message.map(|message| message.event) {
-                Some(Some(Event::Heartbeat(_))) => continue,
-                Some(Some(event)) => return Ok(Some(event)),
-                Some(None) => {
+            match message.map(|message| (message.event, message.latency)) {
+                Some((Some(Event::Heartbeat(_)), _)) => continue,
+                Some((Some(event), latency)) => return Ok(Some((event, latency))),
+                Some((None, _)) => {
                     return Err(Status::internal("the router sent an empty event; are versions mixed?"));
                 }
                 None => return Ok(None),
@@ -192,7 +216,7 @@ impl Upstream {
         router: &Router,
         request: &GenerateRequest,
         trace: &TraceContext,
-    ) -> Result<(Event, Streaming<GenerateEvent>), Failure> {
+    ) -> Result<(Heard, Streaming<GenerateEvent>), Failure> {
         let mut call = tonic::Request::new(request.clone());
         trace::inject(trace, call.metadata_mut());
         let mut client = router.client.clone();
@@ -201,8 +225,8 @@ impl Upstream {
             .map_err(|_| Failure::from(silent(self.silence)))?;
         let mut events = reply?.into_inner();
         match self.hear(&mut events).await {
-            Ok(Some(Event::Error(error))) => Err(refused(error)),
-            Ok(Some(event)) => Ok((event, events)),
+            Ok(Some((Event::Error(error), _))) => Err(refused(error)),
+            Ok(Some(first)) => Ok((first, events)),
             Ok(None) => Err(Failure::Lost("closed the stream before any event".into())),
             Err(status) if spoken(&status) => Err(refused(status.into())),
             Err(status) => Err(Failure::Lost(describe(&status))),
@@ -241,6 +265,18 @@ impl Router {
             .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
         Ok(Router { address: address.to_owned(), client })
     }
+
+    async fn status(&self) -> Result<StatusReply, String> {
+        match timeout(STATUS_TIMEOUT, self.client.clone().status(StatusRequest {})).await {
+            Ok(Ok(reply)) => Ok(reply.into_inner()),
+            Ok(Err(status)) => Err(describe(&status)),
+            Err(_) => Err("no answer in time".into()),
+        }
+    }
+}
+
+fn nobody(problems: &[String]) -> proto::Error {
+    proto::Error::new(ErrorCode::NoMembers, format!("no router answers: {}", problems.join("; ")))
 }
 
 impl From<Failure> for proto::Error {

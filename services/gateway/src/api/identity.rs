@@ -1,4 +1,4 @@
-//! Who is asking: the request's id, its trace, its tenant. Every answer carries the id and the time taken.
+//! Who is asking: the request's id, its trace, its tenant, and whether it wants its record. Every answer carries the id and the time taken.
 
 use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header::AUTHORIZATION};
@@ -12,13 +12,18 @@ use uuid::Uuid;
 #[derive(Clone)]
 pub struct Identity {
     pub request_id: String,
-    pub trace: TraceContext,
+    /// What the client sent.
+    pub trace: Option<TraceContext>,
     /// A fingerprint of the API key, never the key; empty without one.
     pub tenant: String,
+    /// `x-baton-trace: 1`
+    pub wants_record: bool,
 }
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
+/// Asks for the record of the request in its answer.
+const WANTS_RECORD: HeaderName = HeaderName::from_static("x-baton-trace");
 /// Longest id that is taken from a client.
 const MAX_ID: usize = 128;
 
@@ -42,8 +47,9 @@ impl Identity {
         let trace = text(&HeaderName::from_static(TRACEPARENT)).and_then(TraceContext::parse);
         Identity {
             request_id: given.unwrap_or_else(|| Uuid::new_v4().to_string()),
-            trace: trace.map_or_else(TraceContext::start, TraceContext::child),
+            trace,
             tenant: text(&AUTHORIZATION).map_or_else(String::new, fingerprint),
+            wants_record: text(&WANTS_RECORD) == Some("1"),
         }
     }
 }
@@ -79,7 +85,7 @@ mod tests {
     #[test]
     fn traces_go_on_and_keys_stay_secret() {
         let trace = of("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01").trace;
-        assert_eq!(trace.trace_id_hex(), "0af7651916cd43dd8448eb211c80319c");
+        assert_eq!(trace.unwrap().trace_id_hex(), "0af7651916cd43dd8448eb211c80319c");
         let tenant = of("authorization", "Bearer sk-secret").tenant;
         assert_eq!((tenant.len(), tenant.contains("secret")), (16, false));
         assert_eq!(tenant, of("authorization", "Bearer  sk-secret ").tenant);

@@ -3,6 +3,7 @@
 mod body;
 mod chat;
 mod completions;
+mod dashboard;
 mod identity;
 mod logprobs;
 mod models;
@@ -11,6 +12,7 @@ mod serve;
 mod shape;
 mod status;
 mod stream;
+mod trace;
 
 use crate::gateway::Gateway;
 use axum::Router;
@@ -25,8 +27,8 @@ use telemetry::Registry;
 
 /// The OpenAI API, with health, readiness and metrics beside it.
 pub fn public(gateway: Arc<Gateway>, registry: Arc<Registry>) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(serve::serve::<chat::Chat>))
+    let page = if gateway.config.dashboard { dashboard::routes() } else { Router::new() };
+    page.route("/v1/chat/completions", post(serve::serve::<chat::Chat>))
         .route("/v1/completions", post(serve::serve::<completions::Completions>))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
@@ -37,9 +39,13 @@ pub fn public(gateway: Arc<Gateway>, registry: Arc<Registry>) -> Router {
         .layer(middleware::from_fn(identity::identify))
 }
 
-/// Health, readiness, metrics and the cluster's status; whoever asks for readiness gets it fresh.
+/// Health, readiness, metrics, the cluster's status and the records of requests; whoever asks for readiness gets it fresh.
 pub fn admin(gateway: Arc<Gateway>, registry: Arc<Registry>) -> Router {
-    let status = Router::new().route("/status", get(status::status)).with_state(gateway.clone());
+    let status = Router::new()
+        .route("/status", get(status::status))
+        .route("/trace/{*id}", get(trace::trace))
+        .route("/status/history", get(status::history))
+        .with_state(gateway.clone());
     telemetry::admin::routes(registry, gateway.readiness())
         .merge(status)
         .layer(middleware::from_fn_with_state(gateway, look_first))

@@ -5,7 +5,7 @@
 
 use super::identity::Identity;
 use super::shape::Shape;
-use super::stream::{Events, Heading};
+use super::stream::{Events, Heading, WithRecord};
 use super::{body, reply};
 use crate::answer::{Event, Generation, Interrupt, Plan, Setting, Step};
 use crate::config::ms;
@@ -40,14 +40,14 @@ pub async fn serve<S: Shape>(
 ) -> Response {
     let place = gateway.places.clone().try_acquire_owned().ok();
     let full = place.is_none();
-    let Identity { request_id, trace, tenant } = identity;
+    let Identity { request_id, trace, tenant, wants_record } = identity;
+    let trace = gateway.spans.context(trace);
     let span = telemetry::trace::span("gateway", &trace, &request_id);
-    let observation =
-        Arc::new(Observation::new(S::ENDPOINT, request_id, trace, gateway.metrics.clone(), place));
+    let observation = Arc::new(Observation::new(S::ENDPOINT, request_id, trace, gateway.clone(), place));
     let served = if full {
         Err(gateway.overloaded("too many requests at the same time; try again shortly"))
     } else {
-        Service { gateway, observation: observation.clone(), tenant, start: Instant::now() }
+        Service { gateway, observation: observation.clone(), tenant, wants_record, start: Instant::now() }
             .answer::<S>(request)
             .instrument(span)
             .await
@@ -63,6 +63,8 @@ struct Service {
     gateway: Arc<Gateway>,
     observation: Arc<Observation>,
     tenant: String,
+    /// The record of the request is to be part of the answer.
+    wants_record: bool,
     start: Instant,
 }
 
@@ -80,6 +82,7 @@ impl Service {
         if !parameters.unknown.is_empty() {
             tracing::debug!(request_id = %self.observation.request_id, fields = ?parameters.unknown, "unknown fields ignored");
         }
+        self.observation.asks(&parameters.model);
         let heading = heading::<S>(parameters.model);
         let generation = Generation::new(plan, self.setting(&heading));
         match parameters.streaming {
@@ -93,6 +96,7 @@ impl Service {
                     model: self.gateway.model.clone(),
                     keep_alive: ms(self.gateway.config.stream.keep_alive_ms),
                     observation: self.observation.clone(),
+                    wants_record: self.wants_record,
                     first: None,
                     over: false,
                 };
@@ -167,7 +171,11 @@ impl Service {
         while let Some((index, event)) = generation.next().await.transpose()? {
             match event {
                 Event::Started(first) => drop(started.get_or_insert(first)),
-                Event::Echo(step) | Event::Step(step) => append(&mut choices[index as usize], step),
+                Event::Echo(step) | Event::Step(step) => {
+                    let sampled = step.sampled;
+                    append(&mut choices[index as usize], step);
+                    self.observation.written(index, sampled);
+                }
             }
         }
         let model = &self.gateway.model;
@@ -176,8 +184,9 @@ impl Service {
             Ok(shape.choice(model, index, step, finish))
         });
         let choices = choices.collect::<Result<Vec<_>, Error>>()?;
-        let mut response =
-            reply::json(&heading.envelope(S::OBJECT, &choices, Some(Some(generation.usage()))));
+        let envelope = heading.envelope(S::OBJECT, &choices, Some(Some(generation.usage())));
+        let baton = self.wants_record.then(|| self.observation.record(200));
+        let mut response = reply::json(&WithRecord { envelope, baton });
         mark(&mut response, started.as_ref());
         self.observation.end(200);
         Ok(response)

@@ -6,6 +6,7 @@ use super::shape::Shape;
 use crate::answer::{Event, Generation, Step};
 use crate::model::Model;
 use crate::observe::Observation;
+use crate::record::Record;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::{FutureExt, Stream};
 use openai::{Envelope, Error, Streaming, Usage};
@@ -45,6 +46,16 @@ impl Heading {
     }
 }
 
+/// An answer, or its last chunk, with the record of the request beside what OpenAI has there: clients read past
+/// fields that they do not know.
+#[derive(Serialize)]
+pub struct WithRecord<'a, C> {
+    #[serde(flatten)]
+    pub envelope: Envelope<'a, C>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub baton: Option<Record>,
+}
+
 pub struct Events<S> {
     pub generation: Generation,
     pub shape: S,
@@ -54,6 +65,8 @@ pub struct Events<S> {
     /// Longest silence; zero: no comments.
     pub keep_alive: Duration,
     pub observation: Arc<Observation>,
+    /// The last chunk is to carry the record of the request.
+    pub wants_record: bool,
     /// An event taken from the generation before the headers went out.
     pub first: Option<(u32, Event)>,
     pub over: bool,
@@ -140,7 +153,7 @@ impl<S: Shape> Events<S> {
     }
 
     fn step(&mut self, index: u32, mut step: Step, out: &mut BytesMut) {
-        let finish = step.finish.take();
+        let (finish, sampled) = (step.finish.take(), step.sampled);
         if !step.text.is_empty() || !step.tokens.is_empty() {
             let chunk = self.shape.chunk(&self.model, index, step);
             self.chunk(chunk, out);
@@ -149,6 +162,7 @@ impl<S: Shape> Events<S> {
             let chunk = self.shape.ending(index, finish);
             self.chunk(chunk, out);
         }
+        self.observation.written(index, sampled);
     }
 
     fn chunk(&self, chunk: S::Chunk, out: &mut BytesMut) {
@@ -161,9 +175,11 @@ impl<S: Shape> Events<S> {
     }
 
     fn finish(&mut self, out: &mut BytesMut) {
-        if self.streaming.include_usage {
-            let usage = Some(Some(self.generation.usage()));
-            write(&self.heading.envelope::<S::Chunk>(S::CHUNK, &[], usage), out);
+        if self.streaming.include_usage || self.wants_record {
+            let usage = self.streaming.include_usage.then(|| Some(self.generation.usage()));
+            let envelope = self.heading.envelope::<S::Chunk>(S::CHUNK, &[], usage);
+            let baton = self.wants_record.then(|| self.observation.record(200));
+            write(&WithRecord { envelope, baton }, out);
         }
         out.put_slice(b"data: [DONE]\n\n");
         self.over = true;

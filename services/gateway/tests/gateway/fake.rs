@@ -190,7 +190,7 @@ impl Router for Shared {
 }
 
 async fn play(fake: Arc<Fake>, script: Vec<Act>, out: mpsc::Sender<Result<GenerateEvent, Status>>) {
-    let say = |event| out.send(Ok(GenerateEvent { event: Some(event) }));
+    let say = |event| out.send(Ok(GenerateEvent { event: Some(event), latency: None }));
     for act in script {
         let heard = match act {
             Act::Say(event) => say(event).await.is_ok(),
