@@ -157,7 +157,8 @@ fn remedy(check: &str) -> &'static str {
 fn contradictions(files: &[Read]) -> Vec<Finding> {
     let mut findings = double_ports(files);
     let workers: Vec<(&Read, &worker::Config)> = files.iter().filter_map(Read::worker).collect();
-    let texts: [(&str, fn(&worker::Config) -> String); 4] = [
+    type Text = fn(&worker::Config) -> String;
+    let texts: [(&str, Text); 4] = [
         ("block_tokens", |config| config.block_tokens.to_string()),
         ("handoff.transport", |config| config.handoff.transport.name().to_owned()),
         ("backend", |config| config.backend.clone()),

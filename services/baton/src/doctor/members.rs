@@ -199,6 +199,19 @@ fn has_partner(member: &Member, members: &[&Member]) -> bool {
     members.iter().any(|other| member.pairs_with(other) || other.pairs_with(member))
 }
 
+/// Routers that the gateway lists and does not reach, of its `/status`.
+pub fn silent_routers(status: &serde_json::Value) -> Vec<Finding> {
+    let routers = status["routers"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let silent = routers.iter().filter(|router| router["answers"] == false);
+    let told = silent.map(|router| {
+        let text = |key: &str| router[key].as_str().unwrap_or("?").to_owned();
+        Finding::warning("reach", text("address"), format!("the gateway does not reach this router: {}", text("problem")))
+            .expected("every router that the gateway lists: without this one, the next loss stops new requests")
+            .remedy("start it again, let gateways through to its gRPC port, or take it out of the gateway's `routers`")
+    });
+    told.collect()
+}
+
 /// Members that one source knows and the other does not.
 pub fn compare(router: &[Member], etcd: &[Member]) -> Vec<Finding> {
     let unknown = |here: &[Member], there: &[Member]| -> Vec<String> {
@@ -298,6 +311,18 @@ mod tests {
     #[test]
     fn role_both_is_enough() {
         assert_eq!(problems(&[member("b", "both")]), []);
+    }
+
+    #[test]
+    fn a_router_that_does_not_answer_is_told() {
+        let status = serde_json::json!({"routers": [
+            {"address": "http://r1:1", "answers": true},
+            {"address": "http://r2:1", "answers": false, "problem": "refused"},
+        ]});
+        let found = silent_routers(&status);
+        assert_eq!((found.len(), found[0].subject.as_str()), (1, "http://r2:1"));
+        assert!(found[0].found.ends_with("refused"));
+        assert_eq!(silent_routers(&serde_json::json!({})), []);
     }
 
     #[test]

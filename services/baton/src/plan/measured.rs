@@ -48,6 +48,7 @@ pub struct Decode {
     pub blocks: f64,
     /// Held share of them.
     pub blocks_share: f64,
+    /// Held blocks, those of reservations among them, over running sequences.
     pub blocks_per_sequence: Option<f64>,
     pub max_sequences: Option<u32>,
 }

@@ -61,7 +61,9 @@ fn load(out: &mut fmt::Formatter<'_>, measured: &Measured, percent: f64) -> fmt:
         prefill.speed,
         prefill.busy * 100.0
     )?;
-    let blocks = decode.blocks_per_sequence.map_or(String::new(), |each| format!(", {each:.1} a sequence"));
+    let blocks = decode
+        .blocks_per_sequence
+        .map_or(String::new(), |each| format!(", {each:.1} for each sequence that runs"));
     writeln!(
         out,
         "  decode             {:.0} tokens/s, {:.0} % of KV blocks held{blocks}\n",
@@ -82,7 +84,7 @@ fn pool(out: &mut fmt::Formatter<'_>, name: &str, pool: &Pool) -> fmt::Result {
 
 fn line(out: &mut fmt::Formatter<'_>, signal: &Signal) -> fmt::Result {
     let Signal { pool, name, value, threshold, wanted, suggested } = signal;
-    let number = |value: &Option<f64>, absent: &str| value.map_or(absent.to_owned(), |value| short(value));
+    let number = |value: &Option<f64>, absent: &str| value.map_or(absent.to_owned(), short);
     let wanted = wanted.map_or("-".to_owned(), |wanted| wanted.to_string());
     let (value, threshold, suggested) = (number(value, "?"), number(threshold, "off"), short(*suggested));
     writeln!(out, "  {pool:<8} {name:<24} {value:>10} {threshold:>10} {wanted:>7} {suggested:>10}")

@@ -120,11 +120,12 @@ pub fn step(before: f64, after: f64) -> f64 {
     if after >= before { after - before } else { after }
 }
 
-/// A line of the exposition format: name, labels, value.
+/// A line of the exposition format: name, labels, value; exemplars are left out.
 fn sample(line: &str) -> Option<(String, BTreeMap<String, String>, f64)> {
     if line.starts_with('#') || !line.starts_with("baton_") {
         return None;
     }
+    let line = line.split_once(" # {").map_or(line, |(sample, _)| sample);
     let (series, value) = line.rsplit_once(' ')?;
     let value = value.parse().ok()?;
     let Some((name, labels)) = series.split_once('{') else {
@@ -153,6 +154,13 @@ mod tests {
         assert_eq!((window.seconds(), window.mean("baton_y", &[])), (10.0, Some(13.0 + 200.0)));
         assert_eq!(window.instances("baton_y", &[]), BTreeSet::from(["one".to_owned(), "two".to_owned()]));
         assert_eq!((window.mean("baton_z", &[]), window.change("baton_y")), (None, 6.0));
+    }
+
+    #[test]
+    fn an_exemplar_is_no_sample() {
+        let line = "baton_x_bucket{le=\"0.1\"} 5 # {trace_id=\"0af7\"} 0.05";
+        let (name, labels, value) = sample(line).unwrap();
+        assert_eq!((name.as_str(), labels["le"].as_str(), value), ("baton_x_bucket", "0.1", 5.0));
     }
 
     #[test]

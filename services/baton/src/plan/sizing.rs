@@ -133,7 +133,7 @@ fn decode(measured: &Measured, target: Target, caveats: &mut Vec<String>) -> Poo
             at.seconds * spread * 1e3
         ),
     )];
-    bounds.extend(blocks(measured, &curve, tokens));
+    bounds.extend(blocks(measured, tokens));
     bounds.extend(pool.max_sequences.map(|most| {
         let batch = f64::from(most) * HEADROOM;
         let why = format!("{most} sequences a worker (max_sequences), {HEADROOM} of them");
@@ -165,17 +165,15 @@ fn doubts(curve: &Curve, at: &Operating, target: Target) -> Option<String> {
     at.extrapolated.then(|| format!("a batch of {:.1} is extrapolated: {range}", at.batch))
 }
 
-/// What fits into a worker's blocks is its largest batch, and that batch its most tokens a second.
-fn blocks(measured: &Measured, curve: &Curve, tokens: f64) -> Option<Bound> {
+/// Blocks held grow with the tokens decoded, those of reservations among them.
+fn blocks(measured: &Measured, tokens: f64) -> Option<Bound> {
     let pool = &measured.decode;
-    let each = pool.blocks_per_sequence.filter(|each| pool.blocks > 0.0 && *each > 0.0)?;
-    let batch = pool.blocks * HEADROOM / each;
-    let why = format!(
-        "{:.0} blocks a worker, {HEADROOM} of them, are room for {batch:.1} sequences of {each:.1}: {:.0} tokens/s",
-        pool.blocks,
-        curve.rate(batch)
-    );
-    Some(Bound::new("kv_blocks", workers(tokens / curve.rate(batch)), why))
+    if pool.tokens <= 0.0 || pool.blocks_share <= 0.0 {
+        return None;
+    }
+    let held = pool.blocks_share * pool.blocks * f64::from(pool.workers) * tokens / pool.tokens;
+    let why = format!("{held:.0} blocks held at this load, {:.0} a worker, {HEADROOM} of them", pool.blocks);
+    Some(Bound::new("kv_blocks", workers(held / (pool.blocks * HEADROOM)), why))
 }
 
 /// At least one: an empty pool serves nobody.
@@ -219,7 +217,7 @@ mod tests {
                 tokens: 400.0,
                 points: vec![point(4.0), point(40.0)],
                 blocks: 1000.0,
-                blocks_per_sequence: Some(20.0),
+                blocks_share: 0.4,
                 max_sequences: Some(64),
                 ..Decode::default()
             },
@@ -238,19 +236,19 @@ mod tests {
         // 0.2 / 0.2 · ln(0.8 / 0.1) = 2.08 s, and 0.8 s are left; of two: C = 0.229, 0.2 / 1.2 · ln(2.29) = 0.14 s.
         assert_eq!((bound(&plan.prefill, "rate").wanted, bound(&plan.prefill, "ttft").wanted), (1, 2));
         assert_eq!((plan.prefill.wanted, plan.prefill.binding), (2, "ttft"));
-        // 50 ms allow a batch of 40: 800 tokens/s, 640 with headroom; 400 need one. 800 blocks of 20 allow 40 too.
+        // 50 ms allow a batch of 40: 800 tokens/s, 640 with headroom; 400 need one. 400 blocks are held, of 800.
         assert_eq!((plan.decode.wanted, bound(&plan.decode, "kv_blocks").wanted), (1, 1));
         assert_eq!((plan.decode.binding, plan.caveats.len()), ("itl", 0));
     }
 
     #[test]
     fn each_bound_can_bind() {
-        let mut tight = measured();
-        tight.decode.blocks = 25.0;
-        // One sequence of 20: 91 tokens/s.
+        let mut tight = Measured { requests: 8.0, ..measured() };
+        tight.decode.blocks_share = 0.95;
+        // Twice the tokens hold 1900 blocks, of 800.
         assert_eq!(
             (plan(&tight, TARGET).decode.wanted, plan(&tight, TARGET).decode.binding),
-            (5, "kv_blocks")
+            (3, "kv_blocks")
         );
         let mut few = measured();
         few.decode.max_sequences = Some(1);
