@@ -16,6 +16,8 @@ pub struct Metrics {
     pub cached_prompt_tokens: Counter,
     /// Answers that another router went on with.
     pub resumed: Counter,
+    /// Refused by a limit of their key, by tenant and limit (requests, tokens, concurrency).
+    pub limited: Counters,
 }
 
 impl Metrics {
@@ -30,6 +32,7 @@ impl Metrics {
             completion_tokens: Counter::default(),
             cached_prompt_tokens: Counter::default(),
             resumed: Counter::default(),
+            limited: Counters::default(),
         };
         metrics.register(registry);
         metrics
@@ -39,6 +42,12 @@ impl Metrics {
     pub fn count(&self, endpoint: &str, code: u16) {
         let labels = vec![("endpoint", endpoint.to_owned()), ("code", code.to_string())];
         self.requests.get_or_create(&labels).inc();
+    }
+
+    /// Counts a request that a limit of its tenant has refused. Tenants are as many as the operator has named.
+    pub fn count_limited(&self, tenant: &str, limit: &'static str) {
+        let labels = vec![("tenant", tenant.to_owned()), ("limit", limit.to_owned())];
+        self.limited.get_or_create(&labels).inc();
     }
 
     fn register(&self, registry: &mut Registry) {
@@ -54,6 +63,11 @@ impl Metrics {
         registry.register("baton_request_seconds", "From request to last byte", m.request_seconds);
         registry.register("baton_prompt_tokens", "Prompt tokens of served requests", m.prompt_tokens);
         registry.register("baton_gateway_resumed", "Answers that another router went on with", m.resumed);
+        registry.register(
+            "baton_gateway_limited",
+            "Requests refused by a limit of their API key, by tenant and limit",
+            m.limited,
+        );
         registry.register("baton_completion_tokens", "Tokens generated", m.completion_tokens);
         registry.register(
             "baton_cached_prompt_tokens",

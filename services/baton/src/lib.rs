@@ -6,6 +6,7 @@ mod bench_handoff;
 mod demo;
 mod drain;
 mod http;
+mod key;
 mod machine;
 mod serve;
 mod settings;
@@ -37,6 +38,8 @@ enum Command {
     Status(status::Args),
     /// Have a worker leave: it takes nothing new, finishes or passes on what it has, and ends
     Drain(drain::Args),
+    /// Make API keys for gateways that ask for them
+    Key(key::Args),
     /// Measure a running cluster: time to first token, time between tokens, throughput
     Bench(bench::Args),
     /// Measure the model alone, with random weights: time of a step, share of what the GPU could do
@@ -72,6 +75,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Worker(args) => serve::worker(args),
         Command::Status(args) => status::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Key(args) => key::run(args),
         Command::Drain(args) => drain::run(args),
         Command::BenchEngine(args) => bench_engine::run(args),
         Command::BenchHandoff(args) => bench_handoff::run(args),

@@ -25,9 +25,20 @@ pub struct Config {
     /// `max_tokens` of `/v1/completions` when the client gives none; 0: as far as the context reaches.
     /// (OpenAI's own default is 16.) Chat always goes as far as the context reaches.
     pub default_completion_tokens: u32,
+    pub keys: Keys,
     pub limits: Limits,
     pub stream: Stream,
     pub timeouts: Timeouts,
+}
+
+/// Who may ask.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Keys {
+    /// The API keys' entries, as `baton key new` prints them; read again when it changes. Absent: everybody may ask.
+    pub file: Option<PathBuf>,
+    /// Tokens of output that a request without `max_tokens` is charged, for each choice, until it ends and the true number is known.
+    pub assumed_output_tokens: u32,
 }
 
 /// Beyond any of these a request is refused at once, by name.
@@ -46,6 +57,10 @@ pub struct Limits {
     pub sequences: usize,
     /// Tokens of one prompt; 0: the context is the limit.
     pub prompt_tokens: u32,
+    /// The lowest number, and so the highest priority, that a request may ask for (400); a key may have a bound of its own.
+    pub priority_min: i32,
+    /// The highest number.
+    pub priority_max: i32,
     /// Large bodies parsed and tokenised at the same time, away from the threads that stream; 0: one per core.
     pub tokenizers: usize,
 }
@@ -94,10 +109,17 @@ impl Default for Config {
             worker_model: String::new(),
             max_context: 0,
             default_completion_tokens: 0,
+            keys: Keys::default(),
             limits: Limits::default(),
             stream: Stream::default(),
             timeouts: Timeouts::default(),
         }
+    }
+}
+
+impl Default for Keys {
+    fn default() -> Self {
+        Keys { file: None, assumed_output_tokens: 1024 }
     }
 }
 
@@ -110,6 +132,8 @@ impl Default for Limits {
             prompts: 128,
             sequences: 256,
             prompt_tokens: 0,
+            priority_min: -10,
+            priority_max: 10,
             tokenizers: 0,
         }
     }
@@ -154,6 +178,9 @@ impl Config {
         ];
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(format!("{name} is 0, but must be at least 1"));
+        }
+        if self.limits.priority_min > self.limits.priority_max {
+            return Err("limits.priority_min is more than limits.priority_max".into());
         }
         if self.routers.is_empty() {
             return Err(

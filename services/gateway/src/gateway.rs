@@ -2,6 +2,7 @@
 
 use crate::answer::{Bounds, Upstream};
 use crate::config::ms;
+use crate::keys::{Caller, KeyRing};
 use crate::model::Model;
 use crate::{Config, Error, cluster};
 use openai::Code;
@@ -18,6 +19,8 @@ pub struct Gateway {
     pub names: Vec<String>,
     pub upstream: Arc<Upstream>,
     pub metrics: Metrics,
+    /// `None`: everybody may ask.
+    pub keys: Option<KeyRing>,
     /// Places for requests.
     pub places: Arc<Semaphore>,
     /// Places for parsing and tokenising large bodies.
@@ -45,12 +48,14 @@ impl Gateway {
         let model = Arc::new(Model::load(&config.model_dir, config.max_context)?);
         let upstream =
             Arc::new(Upstream::new(&config.routers, &config.timeouts, dial, metrics.resumed.clone())?);
+        let keys = config.keys.file.as_deref().map(KeyRing::open).transpose()?;
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Ok(Gateway {
             names: names(&config),
             model,
             upstream,
             metrics,
+            keys,
             places: Arc::new(Semaphore::new(config.limits.concurrent_requests.min(Semaphore::MAX_PERMITS))),
             tokenizers: Arc::new(Semaphore::new(tokenizers(&config))),
             closing,
@@ -88,11 +93,15 @@ impl Gateway {
         }
     }
 
-    pub fn bounds(&self) -> Bounds {
+    /// What holds for requests of `caller`.
+    pub fn bounds(&self, caller: Option<&Caller>) -> Bounds {
+        let limits = &self.config.limits;
+        let own = caller.and_then(|caller| caller.priority_min).unwrap_or(limits.priority_min);
         Bounds {
+            priorities: (own.clamp(limits.priority_min, limits.priority_max), limits.priority_max),
             max_context: self.max_context(),
-            prompt_tokens: self.config.limits.prompt_tokens,
-            sequences: self.config.limits.sequences,
+            prompt_tokens: limits.prompt_tokens,
+            sequences: limits.sequences,
             default_completion_tokens: self.config.default_completion_tokens,
         }
     }

@@ -7,11 +7,12 @@ mod cluster;
 mod config;
 mod error;
 mod gateway;
+pub mod keys;
 mod model;
 mod observe;
 mod server;
 mod text;
 
-pub use config::{Config, Limits, Stream, Timeouts};
+pub use config::{Config, Keys, Limits, Stream, Timeouts};
 pub use error::Error;
 pub use server::{Server, run};

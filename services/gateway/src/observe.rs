@@ -1,6 +1,7 @@
 //! What one request did, for logs and metrics. It is told as the request goes along and speaks when dropped:
 //! a request that ended without an answer's code is one whose client left (499).
 
+use crate::keys::Lease;
 use openai::Usage;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -22,6 +23,8 @@ pub struct Observation {
     seen: Mutex<Seen>,
     /// The place among concurrent requests, held for as long as this lives.
     _permit: Option<OwnedSemaphorePermit>,
+    /// The claim on the account of its key, if there are keys; as long.
+    lease: Option<Lease>,
 }
 
 #[derive(Default)]
@@ -41,6 +44,7 @@ impl Observation {
         trace: TraceContext,
         metrics: Metrics,
         permit: Option<OwnedSemaphorePermit>,
+        lease: Option<Lease>,
     ) -> Self {
         metrics.in_flight.inc();
         Observation {
@@ -52,6 +56,7 @@ impl Observation {
             code: AtomicU16::new(0),
             seen: Mutex::default(),
             _permit: permit,
+            lease,
         }
     }
 
@@ -60,7 +65,15 @@ impl Observation {
         let _ = self.code.compare_exchange(0, code, Ordering::Relaxed, Ordering::Relaxed);
     }
 
+    /// Charges the account for all that the request may take.
+    pub fn charge(&self, tokens: u64) -> Result<(), openai::Error> {
+        self.lease.as_ref().map_or(Ok(()), |lease| lease.charge(tokens))
+    }
+
     pub fn used(&self, usage: Usage) {
+        if let Some(lease) = &self.lease {
+            lease.used(u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens));
+        }
         self.seen(|seen| seen.usage = usage);
     }
 

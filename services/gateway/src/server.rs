@@ -3,6 +3,7 @@
 use crate::api;
 use crate::config::ms;
 use crate::gateway::Gateway;
+use crate::keys;
 use crate::{Config, Error};
 use axum::Router;
 use axum::serve::{Listener, ListenerExt, TapIo};
@@ -23,6 +24,7 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 pub struct Server<L = Tcp> {
     gateway: Arc<Gateway>,
     registry: Arc<Registry>,
+    credentials: Option<telemetry::credentials::Metrics>,
     public: L,
     admin: L,
     /// Set when running answers must end.
@@ -62,12 +64,13 @@ impl<L: Listener<Addr: fmt::Debug>> Server<L> {
         let metrics = telemetry::gateway::Metrics::new(&mut registry);
         let (cut, closing) = watch::channel(false);
         let gateway = Arc::new(Gateway::new(config, dial, metrics, closing)?);
-        Ok(Server { gateway, registry: Arc::new(registry), public, admin, cut })
+        let credentials = credentials_metrics(&gateway, &mut registry);
+        Ok(Server { gateway, registry: Arc::new(registry), credentials, public, admin, cut })
     }
 
     /// Until `shutdown`; then takes no more requests, lets running answers end for `drain_ms`, cuts the rest.
     pub async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
-        let Server { gateway, registry, public, admin, cut } = self;
+        let Server { gateway, registry, credentials, public, admin, cut } = self;
         let (stop, stopping) = watch::channel(false);
         let serving = async {
             tokio::try_join!(
@@ -79,6 +82,7 @@ impl<L: Listener<Addr: fmt::Debug>> Server<L> {
         tokio::select! {
             result = &mut serving => return Ok(result.map(drop)?),
             () = gateway.keep_looking() => {}
+            () = follow_keys(&gateway, credentials.as_ref()) => {}
             () = shutdown => {}
         }
         stop.send_replace(true);
@@ -87,6 +91,22 @@ impl<L: Listener<Addr: fmt::Debug>> Server<L> {
             let _ = tokio::time::timeout(LAST_WORDS, serving).await;
         }
         Ok(())
+    }
+}
+
+/// Only a gateway with keys has something to say of them.
+fn credentials_metrics(
+    gateway: &Gateway,
+    registry: &mut Registry,
+) -> Option<telemetry::credentials::Metrics> {
+    gateway.keys.is_some().then(|| telemetry::credentials::Metrics::new(registry, keys::WHAT))
+}
+
+/// Never ends.
+async fn follow_keys(gateway: &Gateway, metrics: Option<&telemetry::credentials::Metrics>) {
+    match (&gateway.keys, metrics) {
+        (Some(keys), Some(metrics)) => keys.follow(metrics).await,
+        _ => std::future::pending().await,
     }
 }
 

@@ -13,7 +13,7 @@ use uuid::Uuid;
 pub struct Identity {
     pub request_id: String,
     pub trace: TraceContext,
-    /// A fingerprint of the API key, never the key; empty without one.
+    /// Without keys: a fingerprint of what the client sent as one, never the text itself; empty if it sent none.
     pub tenant: String,
 }
 

@@ -22,7 +22,8 @@ pub fn error(error: &Error) -> Response {
     let status = StatusCode::from_u16(error.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = with_body(status, error.body().to_string().into_bytes());
     if let Some(after) = error.retry_after {
-        let ms = after.as_millis() as u64;
+        // Rounded up: who comes back at that time must not be early.
+        let ms = u64::try_from(after.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX);
         response.headers_mut().insert(RETRY_AFTER, ms.div_ceil(1000).into());
         response.headers_mut().insert(RETRY_AFTER_MS, ms.into());
     }

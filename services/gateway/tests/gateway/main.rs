@@ -6,4 +6,5 @@ mod completions;
 mod endings;
 mod failures;
 mod fake;
+mod keys;
 mod refusals;
