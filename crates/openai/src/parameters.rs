@@ -19,6 +19,21 @@ pub struct Limits {
     pub choices: u32,
     /// Most prompts of one completions request.
     pub prompts: usize,
+    /// Most messages of one chat request.
+    pub messages: usize,
+    /// Most characters of all messages, or of all prompts given as text.
+    pub characters: usize,
+}
+
+impl Limits {
+    /// `found`: characters of the whole field.
+    pub(crate) fn check_characters(&self, field: &str, found: usize) -> Result<(), Error> {
+        if found <= self.characters {
+            return Ok(());
+        }
+        let problem = format!("found {found} characters, expected at most {}", self.characters);
+        Err(Error::value(field, problem))
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]

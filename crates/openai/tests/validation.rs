@@ -4,7 +4,7 @@
 use openai::{ChatRequest, CompletionRequest, Limits, Prompt, Streaming};
 use serde_json::{Value, json};
 
-const LIMITS: Limits = Limits { choices: 8, prompts: 3 };
+const LIMITS: Limits = Limits { choices: 8, prompts: 3, messages: 4, characters: 1000 };
 
 fn chat(extra: Value) -> Result<ChatRequest, openai::Error> {
     ChatRequest::parse(

@@ -51,6 +51,16 @@ pub struct Limits {
     pub concurrent_requests: usize,
     /// Largest `n`.
     pub choices: u32,
+    /// Connections at the same time (503 with retry-after).
+    pub connections: usize,
+    /// Header fields of a request (431).
+    pub headers: usize,
+    /// Bytes of a request's URL and header fields together (431).
+    pub header_bytes: usize,
+    /// Messages of one chat request (400). A template may look at each message once for each other one.
+    pub messages: usize,
+    /// Characters of all messages, or of all prompts given as text (400).
+    pub characters: usize,
     /// Prompts of one completions request.
     pub prompts: usize,
     /// Prompts times `n`.
@@ -80,6 +90,8 @@ pub struct Stream {
 pub struct Timeouts {
     /// From the first byte of a request to the last of its answer.
     pub request_ms: u64,
+    /// For the client to send a request's header (408); a connection that lies idle for as long is closed.
+    pub header_ms: u64,
     /// For the client to send its body (408).
     pub body_ms: u64,
     /// In the router's queue; 0: the router's own default.
@@ -128,6 +140,11 @@ impl Default for Limits {
         Limits {
             body_bytes: 8 << 20,
             concurrent_requests: 1024,
+            connections: 4096,
+            headers: 100,
+            header_bytes: 32 << 10,
+            messages: 2048,
+            characters: 4 << 20,
             choices: 128,
             prompts: 128,
             sequences: 256,
@@ -149,6 +166,7 @@ impl Default for Timeouts {
     fn default() -> Self {
         Timeouts {
             request_ms: 600_000,
+            header_ms: 30_000,
             body_ms: 30_000,
             queue_ms: 0,
             connect_ms: 2_000,
@@ -161,16 +179,34 @@ impl Default for Timeouts {
     }
 }
 
+impl Limits {
+    /// What a request may ask for, before the model is asked.
+    pub(crate) fn of_requests(&self) -> openai::Limits {
+        openai::Limits {
+            choices: self.choices,
+            prompts: self.prompts,
+            messages: self.messages,
+            characters: self.characters,
+        }
+    }
+}
+
 impl Config {
     /// Names the first setting that cannot work, and what it must be.
     pub fn check(&self) -> Result<(), String> {
         let positive = [
             ("limits.body_bytes", self.limits.body_bytes as u64),
             ("limits.concurrent_requests", self.limits.concurrent_requests as u64),
+            ("limits.connections", self.limits.connections as u64),
+            ("limits.headers", self.limits.headers as u64),
+            ("limits.header_bytes", self.limits.header_bytes as u64),
+            ("limits.messages", self.limits.messages as u64),
+            ("limits.characters", self.limits.characters as u64),
             ("limits.choices", self.limits.choices.into()),
             ("limits.prompts", self.limits.prompts as u64),
             ("limits.sequences", self.limits.sequences as u64),
             ("timeouts.request_ms", self.timeouts.request_ms),
+            ("timeouts.header_ms", self.timeouts.header_ms),
             ("timeouts.body_ms", self.timeouts.body_ms),
             ("timeouts.connect_ms", self.timeouts.connect_ms),
             ("timeouts.silence_ms", self.timeouts.silence_ms),

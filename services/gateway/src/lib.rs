@@ -5,6 +5,7 @@ mod answer;
 mod api;
 mod cluster;
 mod config;
+mod connections;
 mod error;
 mod gateway;
 pub mod keys;

@@ -2,17 +2,17 @@
 
 use crate::api;
 use crate::config::ms;
+use crate::connections::{Settings, serve};
 use crate::gateway::Gateway;
 use crate::keys;
 use crate::{Config, Error};
-use axum::Router;
 use axum::serve::{Listener, ListenerExt, TapIo};
 use proto::Dial;
-use std::future::{Future, IntoFuture};
+use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use std::{fmt, io};
+use std::fmt;
 use telemetry::Registry;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -72,15 +72,16 @@ impl<L: Listener<Addr: fmt::Debug>> Server<L> {
     pub async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
         let Server { gateway, registry, credentials, public, admin, cut } = self;
         let (stop, stopping) = watch::channel(false);
+        let settings = || Settings::new(&gateway.config);
         let serving = async {
-            tokio::try_join!(
-                serve(public, api::public(gateway.clone(), registry.clone()), stopping.clone()),
-                serve(admin, api::admin(gateway.clone(), registry), stopping),
+            tokio::join!(
+                serve(public, api::public(gateway.clone(), registry.clone()), settings(), stopping.clone()),
+                serve(admin, api::admin(gateway.clone(), registry), settings(), stopping),
             )
         };
         tokio::pin!(serving);
         tokio::select! {
-            result = &mut serving => return Ok(result.map(drop)?),
+            _ = &mut serving => return Ok(()),
             () = gateway.keep_looking() => {}
             () = follow_keys(&gateway, credentials.as_ref()) => {}
             () = shutdown => {}
@@ -119,15 +120,6 @@ fn send_at_once(stream: &mut TcpStream) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "set_nodelay");
     }
-}
-
-async fn serve<L: Listener<Addr: fmt::Debug>>(
-    listener: L,
-    app: Router,
-    mut stopping: watch::Receiver<bool>,
-) -> io::Result<()> {
-    let stopped = async move { drop(stopping.wait_for(|stop| *stop).await) };
-    axum::serve(listener, app).with_graceful_shutdown(stopped).into_future().await
 }
 
 /// The one line on stdout, for whoever started this.

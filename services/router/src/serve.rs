@@ -32,8 +32,8 @@ use telemetry::{Registry, admin, admin::Readiness};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
-    sync::watch,
-    time::{Instant, sleep},
+    sync::{oneshot, watch},
+    time::{Instant, sleep, timeout},
 };
 use tonic::transport::{
     Server,
@@ -45,6 +45,8 @@ const OBSERVE: Duration = Duration::from_millis(250);
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 const FRAME: u32 = 1 << 20;
+/// Longest wait for connections to close once nothing runs any more, or may no longer.
+const CLOSE: Duration = Duration::from_millis(500);
 /// Streams of one connection besides requests: registry, status, health, reflection.
 const OTHER_STREAMS: usize = 256;
 
@@ -96,16 +98,22 @@ impl Router {
         let mut registry = Registry::default();
         let shared = Arc::new(shared(config, dial, &mut registry));
         let (readiness, ready) = watch::channel(Readiness::not("starting"));
-        let stopped = drained(&shared, &source, shutdown);
-        let server = grpc_server(&shared, &source).await?.serve_with_incoming(incoming);
+        let (stop, stopping) = oneshot::channel::<()>();
+        let stopping = async { drop(stopping.await) };
+        let server = grpc_server(&shared, &source).await?.serve_with_incoming_shutdown(incoming, stopping);
+        tokio::pin!(server);
         tokio::select! {
-            () = stopped => Ok(()),
-            result = server => Ok(result?),
-            result = admin::serve(admin, registry, ready, axum::Router::new(), std::future::pending()) => Ok(result?),
-            () = follow(&shared, source.watch(), readiness) => Ok(()),
-            () = shared.admission.run() => Ok(()),
-            () = probe::run(&shared) => Ok(()),
+            () = drained(&shared, &source, shutdown) => {}
+            result = &mut server => return Ok(result?),
+            result = admin::serve(admin, registry, ready, axum::Router::new(), std::future::pending()) => return Ok(result?),
+            () = follow(&shared, source.watch(), readiness) => {}
+            () = shared.admission.run() => {}
+            () = probe::run(&shared) => {}
         }
+        drop(stop);
+        // The last events of requests that have just ended are still on their way.
+        let _ = timeout(CLOSE, server).await;
+        Ok(())
     }
 }
 
@@ -251,8 +259,6 @@ mod tests {
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::TcpStream,
-        sync::oneshot,
-        time::timeout,
     };
 
     async fn free_address() -> SocketAddr {

@@ -4,7 +4,7 @@
 
 use super::choice::{self, Choice, Scored, Step};
 use super::generation::Event;
-use super::upstream::{Break, Events, LOSSES, Upstream};
+use super::upstream::{Break, Events, Losses, Upstream};
 use futures::Stream;
 use proto::generate_event::Event as Reply;
 use proto::{ErrorCode, GenerateRequest, PromptLogprob, Token};
@@ -35,7 +35,8 @@ impl Call {
             events: None,
             ready: VecDeque::new(),
             started: false,
-            resumes: 0,
+            losses: Losses::default(),
+            resumed: false,
             over: false,
         };
         futures::stream::unfold(running, |mut running| async move {
@@ -53,8 +54,9 @@ struct Running {
     ready: VecDeque<Event>,
     /// A router has placed it.
     started: bool,
-    /// Routers lost.
-    resumes: u32,
+    losses: Losses,
+    /// Another router has gone on with it.
+    resumed: bool,
     over: bool,
 }
 
@@ -79,19 +81,18 @@ impl Running {
 
     async fn resume(&mut self, lost: String) -> Result<(), proto::Error> {
         self.events = None;
-        if self.resumes == LOSSES {
-            let message = format!("{LOSSES} routers were lost in the middle of the answer, then {lost}");
-            return Err(proto::Error::new(ErrorCode::WorkerLost, message));
-        }
-        self.resumes += 1;
-        let resumed = self.call.upstream.resume(&self.call.request, &self.call.trace, &lost).await;
+        self.losses.count();
+        self.resumed = true;
+        let Call { upstream, request, trace, .. } = &self.call;
+        let resumed = upstream.resume(request, trace, &mut self.losses, &lost).await;
         let (first, events) = resumed.map_err(in_the_middle)?;
         self.events = Some(events);
         self.take(first)
     }
 
     async fn open(&mut self) -> Result<(), proto::Error> {
-        let (first, events) = self.call.upstream.open(&self.call.request, &self.call.trace).await?;
+        let Call { upstream, request, trace, .. } = &self.call;
+        let (first, events) = upstream.open(request, trace, &mut self.losses).await?;
         self.events = Some(events);
         self.take(first)
     }
@@ -151,12 +152,12 @@ impl Running {
     fn prompt_logprob(&mut self, logprob: PromptLogprob) -> Result<(), proto::Error> {
         let Some(echo) = &mut self.call.echo else {
             // The next router begins the prompt anew.
-            if self.resumes > 0 {
+            if self.resumed {
                 return Ok(());
             }
             return Err(internal("the router sent prompt logprobs nobody asked for"));
         };
-        if self.resumes > 0 && echo.has(logprob.position) {
+        if self.resumed && echo.has(logprob.position) {
             return Ok(());
         }
         echo.add(logprob)?;

@@ -306,7 +306,8 @@ mod tests {
     use serde_json::json;
     use std::path::Path;
 
-    const LIMITS: openai::Limits = openai::Limits { choices: 8, prompts: 8 };
+    const LIMITS: openai::Limits =
+        openai::Limits { choices: 8, prompts: 8, messages: 8, characters: 10_000 };
 
     fn demo() -> Model {
         Model::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/demo/checkpoint"), 0).unwrap()

@@ -44,7 +44,7 @@ struct Router {
 enum Failure {
     /// Another router may do.
     Unreachable(String),
-    /// It had taken the request and then went away.
+    /// One that had taken the request went away.
     Lost(String),
     Refused(proto::Error),
 }
@@ -52,8 +52,23 @@ enum Failure {
 /// A status is quick to give.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Routers that one request may lose before it ends: it may be what kills them.
-pub const LOSSES: u32 = 3;
+/// Routers that one request may lose and still be given to another: it may be what kills them.
+const LOSSES: u32 = 3;
+
+/// Routers that had taken a request, and went away with it.
+#[derive(Debug, Default)]
+pub struct Losses(u32);
+
+impl Losses {
+    pub fn count(&mut self) {
+        self.0 += 1;
+    }
+
+    /// No other router may be lost to it.
+    pub fn too_many(&self) -> bool {
+        self.0 > LOSSES
+    }
+}
 
 /// Between looks for a router that goes on with an answer.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -81,9 +96,10 @@ impl Upstream {
         &self,
         request: &GenerateRequest,
         trace: &TraceContext,
+        losses: &mut Losses,
     ) -> Result<(Event, Events), proto::Error> {
-        match self.open_anywhere(request, trace).await {
-            Err(Failure::Lost(problem)) => self.resume(request, trace, &problem).await,
+        match self.open_anywhere(request, trace, losses).await {
+            Err(Failure::Lost(problem)) => self.resume(request, trace, losses, &problem).await,
             other => other.map_err(Failure::into),
         }
     }
@@ -93,22 +109,25 @@ impl Upstream {
         &self,
         request: &GenerateRequest,
         trace: &TraceContext,
+        losses: &mut Losses,
         lost: &str,
     ) -> Result<(Event, Events), proto::Error> {
-        let (deadline, mut losses) = (Instant::now() + self.resume, 0);
+        let deadline = Instant::now() + self.resume;
+        if losses.too_many() {
+            return Err(given_up(lost));
+        }
         loop {
-            let problem = match self.open_anywhere(request, trace).await {
-                Err(Failure::Unreachable(problem)) => problem,
-                Err(Failure::Lost(problem)) => {
-                    losses += 1;
-                    problem
-                }
+            let problem = match self.open_anywhere(request, trace, losses).await {
+                Err(Failure::Unreachable(problem) | Failure::Lost(problem)) => problem,
                 other => {
                     self.resumed.inc_by(u64::from(other.is_ok()));
                     return other.map_err(Failure::into);
                 }
             };
-            if Instant::now() > deadline || losses == LOSSES {
+            if losses.too_many() {
+                return Err(given_up(&problem));
+            }
+            if Instant::now() > deadline {
                 let message = format!("the request's router was lost ({lost}), and {problem}");
                 return Err(proto::Error::new(ErrorCode::NoMembers, message));
             }
@@ -120,9 +139,13 @@ impl Upstream {
         &self,
         request: &GenerateRequest,
         trace: &TraceContext,
+        losses: &mut Losses,
     ) -> Result<(Event, Events), Failure> {
         let (mut problems, mut lost) = (Vec::new(), false);
         for index in self.order() {
+            if losses.too_many() {
+                break;
+            }
             match self.open_at(&self.routers[index], request, trace).await {
                 Ok((first, stream)) => {
                     self.preferred.store(index, Ordering::Relaxed);
@@ -131,6 +154,7 @@ impl Upstream {
                 Err(Failure::Unreachable(problem)) => problems.push(self.unreachable(index, problem)),
                 Err(Failure::Lost(problem)) => {
                     lost = true;
+                    losses.count();
                     problems.push(self.unreachable(index, problem));
                 }
                 Err(refused) => return Err(refused),
@@ -271,6 +295,12 @@ impl From<Status> for Failure {
 /// Whether the router itself said this, rather than the transport about the router.
 fn spoken(status: &Status) -> bool {
     status.metadata().contains_key("baton-code")
+}
+
+/// The request may be what kills them.
+fn given_up(problem: &str) -> proto::Error {
+    let message = format!("more than {LOSSES} routers were lost while they had this request; the last: {problem}");
+    proto::Error::new(ErrorCode::WorkerLost, message)
 }
 
 fn describe(status: &Status) -> String {

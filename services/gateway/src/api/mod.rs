@@ -4,10 +4,11 @@ mod access;
 mod body;
 mod chat;
 mod completions;
+mod head;
 mod identity;
 mod logprobs;
 mod models;
-mod reply;
+pub mod reply;
 mod serve;
 mod shape;
 mod status;
@@ -35,7 +36,8 @@ pub fn public(gateway: Arc<Gateway>, registry: Arc<Registry>) -> Router {
         .merge(admin(gateway.clone(), registry))
         .fallback(unknown_url)
         .method_not_allowed_fallback(wrong_method)
-        .layer(middleware::from_fn_with_state(gateway, access::check))
+        .layer(middleware::from_fn_with_state(gateway.clone(), access::check))
+        .layer(middleware::from_fn_with_state(gateway, head::check))
         .layer(middleware::from_fn(identity::identify))
 }
 

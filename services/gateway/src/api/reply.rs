@@ -30,6 +30,18 @@ pub fn error(error: &Error) -> Response {
     response
 }
 
+/// The same as bytes, where there is no request to answer: the connection ends with it.
+pub fn last_words(error: &Error) -> Vec<u8> {
+    let response = self::error(error);
+    let mut text = format!("HTTP/1.1 {}\r\nconnection: close\r\n", response.status());
+    for (name, value) in response.headers() {
+        text += &format!("{name}: {}\r\n", value.to_str().unwrap_or_default());
+    }
+    let body = error.body().to_string();
+    text += &format!("content-length: {}\r\n\r\n{body}", body.len());
+    text.into_bytes()
+}
+
 fn with_body(status: StatusCode, body: Vec<u8>) -> Response {
     let mut response = Response::new(Body::from(body));
     *response.status_mut() = status;

@@ -234,7 +234,7 @@ async fn aside<T: Send + 'static>(
 
 fn plan<S: Shape>(gateway: &Gateway, caller: Option<&Caller>, body: &[u8]) -> Result<Planned<S>, Error> {
     let limits = &gateway.config.limits;
-    let request = S::read(body, &openai::Limits { choices: limits.choices, prompts: limits.prompts })?;
+    let request = S::read(body, &limits.of_requests())?;
     gateway.check_model(&S::parameters(&request).model)?;
     let plan = S::plan(&request, &gateway.model, &gateway.bounds(caller))?;
     Ok(Planned { plan, parameters: S::parameters(&request).clone(), shape: S::new(&request) })

@@ -212,3 +212,18 @@ async fn silence_and_slowness_have_their_bounds() {
     assert!(streamed.body.contains("\"code\":\"timeout\""), "{}", streamed.body);
     slow.left(2).await;
 }
+
+/// A request may be what kills routers: there is an end to it, however many there are to be asked.
+#[tokio::test]
+async fn a_request_takes_no_more_than_four_routers_along() {
+    let mut fakes = Vec::new();
+    for _ in 0..6 {
+        fakes.push(serve_fake(Box::new(|_: &GenerateRequest| vec![Act::Vanish])).await);
+    }
+    let addresses = fakes.iter().map(|(_, address)| format!("http://{address}")).collect();
+    let cluster =
+        Cluster::with(|request| answer(request, "unused"), |config| config.routers = addresses).await;
+    assert_eq!(cluster.chat(json!({})).await.error().2, "worker_lost");
+    let asked: usize = fakes.iter().map(|(fake, _)| fake.asked.lock().unwrap().len()).sum();
+    assert_eq!(asked, 4);
+}

@@ -7,4 +7,5 @@ mod endings;
 mod failures;
 mod fake;
 mod keys;
+mod limits;
 mod refusals;
