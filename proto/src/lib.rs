@@ -14,5 +14,7 @@ pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
 
 mod code;
 mod dial;
+mod files;
 
 pub use dial::Dial;
+pub use files::files_fingerprint;

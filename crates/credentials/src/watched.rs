@@ -108,7 +108,7 @@ mod tests {
             sender.send(text.clone()).unwrap();
             if text == "bad" { Err("bad".into()) } else { Ok(()) }
         };
-        let metrics = Metrics::new(&mut telemetry::Registry::default(), "keys");
+        let metrics = Metrics::default();
         let known = read(std::slice::from_ref(&path)).unwrap();
         let task = tokio::spawn(follow("keys", vec![path.clone()], known, metrics.clone(), take));
         let mut told = Vec::new();

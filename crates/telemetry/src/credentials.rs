@@ -1,31 +1,39 @@
 //! Metrics of credentials: files of keys and certificates that are read again when they change, and connections refused.
 
 use crate::{Counters, Gauges, Registry};
+use prometheus_client::metrics::counter::Counter;
 
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Metrics {
     /// By what they hold, and outcome (taken, refused).
     reloads: Counters,
     /// By what they hold: 1 while the files are not what is in use.
     stale: Gauges,
+    /// Connections whose other side did not show who it is.
+    refused: Counter,
 }
 
 impl Metrics {
-    /// `what`: which files, for the first sample.
-    pub fn new(registry: &mut Registry, what: &'static str) -> Self {
-        let metrics = Metrics { reloads: Counters::default(), stale: Gauges::default() };
+    pub fn register(&self, registry: &mut Registry) {
         registry.register(
             "baton_credentials_reloads",
             "Changes of the files of keys or certificates, by outcome",
-            metrics.reloads.clone(),
+            self.reloads.clone(),
         );
         registry.register(
             "baton_credentials_stale",
             "1 while the files of keys or certificates cannot be used and those before them are",
-            metrics.stale.clone(),
+            self.stale.clone(),
         );
-        metrics.watch(what);
-        metrics
+        registry.register(
+            "baton_tls_connections_refused",
+            "Connections refused because they were not secured, or their certificate is not one of ours",
+            self.refused.clone(),
+        );
+    }
+
+    pub fn connection_refused(&self) {
+        self.refused.inc();
     }
 
     /// What has not happened yet is 0, and not absent.
@@ -48,6 +56,15 @@ impl Metrics {
 
     pub fn readable(&self, what: &'static str) {
         self.stale.get_or_create(&vec![("what", what.to_owned())]).set(0);
+    }
+
+    /// Changes so far that ended so.
+    pub fn reloads(&self, what: &str, outcome: &str) -> u64 {
+        self.reloads.get_or_create(&labels(what, outcome)).get()
+    }
+
+    pub fn connections_refused(&self) -> u64 {
+        self.refused.get()
     }
 
     pub fn is_stale(&self, what: &'static str) -> bool {

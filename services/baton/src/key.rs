@@ -13,7 +13,7 @@ pub struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Make a key: prints it once, and the entry for the file of keys
+    /// Make a key: shows it once (on stderr), and prints the entry for the file of keys
     New(New),
 }
 
@@ -53,25 +53,13 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let entry = new.entry.to_toml().map_err(|problem| anyhow!(problem))?;
     match asked.json {
         true => println!("{}", serde_json::json!({"key": new.key, "entry": entry})),
-        false => print!("{}", text(&asked.name, &new.key, &entry)),
+        false => {
+            eprintln!(
+                "The key of {}, shown only now: nobody can read it back from its entry.\n\n{}\n",
+                asked.name, new.key
+            );
+            print!("{entry}");
+        }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn text(name: &str, key: &str, entry: &str) -> String {
-    format!("The key of {name}, shown only now; nobody can read it back from the entry:\n\n{key}\n\nAdd this to the file of keys:\n\n{entry}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn key_and_entry_stand_apart() {
-        let new = NewKey::generate("search", Limits::default(), false).unwrap();
-        let entry = new.entry.to_toml().unwrap();
-        let text = text("search", &new.key, &entry);
-        assert!(text.lines().any(|line| line == new.key));
-        assert!(text.ends_with(&entry) && entry.starts_with("[[key]]\n"), "{entry}");
-    }
 }

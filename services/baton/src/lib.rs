@@ -11,6 +11,7 @@ mod machine;
 mod serve;
 mod settings;
 mod status;
+mod target;
 mod up;
 
 use clap::{Parser, Subcommand};

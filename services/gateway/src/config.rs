@@ -1,5 +1,6 @@
 //! The gateway's configuration: one TOML file, read once at start. Durations are milliseconds.
 
+use credentials::TlsConfig;
 use serde::Deserialize;
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -12,9 +13,15 @@ pub struct Config {
     pub admin: SocketAddr,
     /// gRPC addresses of routers. A request goes to one; if that one does not answer, to the next.
     pub routers: Vec<String>,
+    /// Secures the connections to routers, in both directions; all services must agree. Clients' connections are the business
+    /// of what stands before the gateway.
+    pub tls: Option<TlsConfig>,
     /// Directory in Hugging Face layout: tokenizer.json, tokenizer_config.json, config.json and, if
     /// there are any, generation_config.json and chat_template.jinja. Weights are not read.
     pub model_dir: PathBuf,
+    /// Refuse to serve while a worker of the model has other files (tokenizer, template, configuration) than `model_dir`: its
+    /// token ids may mean other text. False: for a chat template of one's own.
+    pub match_files: bool,
     /// Names by which clients may ask for the model; responses carry the one asked for. Empty: the
     /// name of `model_dir`.
     pub served_model_name: Vec<String>,
@@ -116,7 +123,9 @@ impl Default for Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 8000)),
             admin: SocketAddr::from(([127, 0, 0, 1], 8001)),
             routers: vec!["http://127.0.0.1:7700".into()],
+            tls: None,
             model_dir: PathBuf::new(),
+            match_files: true,
             served_model_name: Vec::new(),
             worker_model: String::new(),
             max_context: 0,

@@ -82,7 +82,8 @@ pub async fn serve<L: Listener<Addr: fmt::Debug>>(
         match (places.clone().try_acquire_owned(), refusals.clone().try_acquire_owned()) {
             (Ok(place), _) => {
                 let (app, settings, open) = (app.clone(), settings.clone(), open.subscribe());
-                let connection = Connection { app, settings, stopping: stopping.clone(), _place: place, _open: open };
+                let connection =
+                    Connection { app, settings, stopping: stopping.clone(), _place: place, _open: open };
                 tokio::spawn(connection.serve(io));
             }
             (Err(_), Ok(place)) => drop(tokio::spawn(refuse(io, settings.too_many(), place))),

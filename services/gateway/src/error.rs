@@ -15,6 +15,8 @@ pub enum Error {
     Listen { address: std::net::SocketAddr, source: std::io::Error },
     #[error("router address {address:?}: {problem}; expected one like http://127.0.0.1:7700")]
     RouterAddress { address: String, problem: String },
+    #[error(transparent)]
+    Tls(#[from] credentials::Error),
     #[error("keys.file {path}: {problem}", path = path.display())]
     Keys { path: PathBuf, problem: String },
     #[error("serving: {0}")]

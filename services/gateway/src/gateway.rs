@@ -6,6 +6,7 @@ use crate::keys::{Caller, KeyRing};
 use crate::model::Model;
 use crate::{Config, Error, cluster};
 use openai::Code;
+use proto::StatusReply;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use telemetry::Readiness;
@@ -30,6 +31,8 @@ pub struct Gateway {
     /// Seconds since the epoch.
     pub started: u64,
     ready: watch::Sender<Readiness>,
+    /// Why nothing may be served, if workers have other files of the model.
+    other_files: watch::Sender<Option<String>>,
     /// The workers' bound; 0 while unknown.
     cluster_context: watch::Sender<u32>,
 }
@@ -61,6 +64,7 @@ impl Gateway {
             closing,
             started: since.as_secs(),
             ready: watch::Sender::new(Readiness::not("the router has not been asked yet")),
+            other_files: watch::Sender::new(None),
             cluster_context: watch::Sender::new(0),
             config,
         })
@@ -73,7 +77,12 @@ impl Gateway {
     /// Asks a router whether a request would succeed now.
     pub async fn look(&self) {
         let found = match self.upstream.status().await {
-            Ok(status) => cluster::usable(&status, &self.config.worker_model),
+            Ok(status) => {
+                self.other_files.send_replace(self.find_other_files(&status));
+                self.check_files()
+                    .map_err(|error| error.message)
+                    .and_then(|()| cluster::usable(&status, &self.config.worker_model))
+            }
             Err(error) => Err(error.message),
         };
         let state = match found {
@@ -84,6 +93,20 @@ impl Gateway {
             Err(reason) => Readiness::not(reason),
         };
         self.ready.send_replace(if *self.closing.borrow() { Readiness::not("stopping") } else { state });
+    }
+
+    fn find_other_files(&self, status: &StatusReply) -> Option<String> {
+        let Config { match_files, worker_model, model_dir, .. } = &self.config;
+        let found = || cluster::other_files(status, worker_model, self.model.files, model_dir);
+        match_files.then(found).flatten()
+    }
+
+    /// An error if token ids may mean other text to a worker.
+    pub fn check_files(&self) -> Result<(), openai::Error> {
+        match &*self.other_files.borrow() {
+            Some(reason) => Err(self.overloaded(reason)),
+            None => Ok(()),
+        }
     }
 
     pub async fn keep_looking(&self) {

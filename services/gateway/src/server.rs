@@ -4,15 +4,15 @@ use crate::api;
 use crate::config::ms;
 use crate::connections::{Settings, serve};
 use crate::gateway::Gateway;
-use crate::keys;
 use crate::{Config, Error};
 use axum::serve::{Listener, ListenerExt, TapIo};
+use credentials::{Metrics, Tls};
 use proto::Dial;
+use std::fmt;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use std::fmt;
 use telemetry::Registry;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -24,7 +24,7 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 pub struct Server<L = Tcp> {
     gateway: Arc<Gateway>,
     registry: Arc<Registry>,
-    credentials: Option<telemetry::credentials::Metrics>,
+    credentials: Metrics,
     public: L,
     admin: L,
     /// Set when running answers must end.
@@ -44,7 +44,10 @@ pub type Tcp = TapIo<TcpListener, fn(&mut TcpStream)>;
 impl Server {
     pub async fn bind(config: Config) -> Result<Self, Error> {
         let (public, admin) = (listen(config.listen).await?, listen(config.admin).await?);
-        Server::on(config, &Dial::default(), public, admin)
+        let credentials = Metrics::default();
+        let tls = config.tls.as_ref().map(|tls| Tls::open(tls, credentials.clone())).transpose()?;
+        let dial = tls.as_ref().map_or_else(Dial::default, Tls::dial);
+        Server::with(config, &dial, credentials, public, admin)
     }
 
     /// Where the OpenAI API is.
@@ -60,11 +63,15 @@ impl Server {
 impl<L: Listener<Addr: fmt::Debug>> Server<L> {
     /// On ports that are there already, with `dial` to reach routers.
     pub fn on(config: Config, dial: &Dial, public: L, admin: L) -> Result<Self, Error> {
+        Server::with(config, dial, Metrics::default(), public, admin)
+    }
+
+    fn with(config: Config, dial: &Dial, credentials: Metrics, public: L, admin: L) -> Result<Self, Error> {
         let mut registry = Registry::default();
+        credentials.register(&mut registry);
         let metrics = telemetry::gateway::Metrics::new(&mut registry);
         let (cut, closing) = watch::channel(false);
         let gateway = Arc::new(Gateway::new(config, dial, metrics, closing)?);
-        let credentials = credentials_metrics(&gateway, &mut registry);
         Ok(Server { gateway, registry: Arc::new(registry), credentials, public, admin, cut })
     }
 
@@ -83,7 +90,7 @@ impl<L: Listener<Addr: fmt::Debug>> Server<L> {
         tokio::select! {
             _ = &mut serving => return Ok(()),
             () = gateway.keep_looking() => {}
-            () = follow_keys(&gateway, credentials.as_ref()) => {}
+            () = follow_keys(&gateway, &credentials) => {}
             () = shutdown => {}
         }
         stop.send_replace(true);
@@ -95,19 +102,11 @@ impl<L: Listener<Addr: fmt::Debug>> Server<L> {
     }
 }
 
-/// Only a gateway with keys has something to say of them.
-fn credentials_metrics(
-    gateway: &Gateway,
-    registry: &mut Registry,
-) -> Option<telemetry::credentials::Metrics> {
-    gateway.keys.is_some().then(|| telemetry::credentials::Metrics::new(registry, keys::WHAT))
-}
-
 /// Never ends.
-async fn follow_keys(gateway: &Gateway, metrics: Option<&telemetry::credentials::Metrics>) {
-    match (&gateway.keys, metrics) {
-        (Some(keys), Some(metrics)) => keys.follow(metrics).await,
-        _ => std::future::pending().await,
+async fn follow_keys(gateway: &Gateway, metrics: &Metrics) {
+    match &gateway.keys {
+        Some(keys) => keys.follow(metrics).await,
+        None => std::future::pending().await,
     }
 }
 

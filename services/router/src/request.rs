@@ -191,7 +191,7 @@ impl Life {
             error: Error::new(
                 ErrorCode::WorkerLost,
                 format!(
-                    "worker {} has announced `{}`, which is no address: {error}",
+                    "worker {} has announced `{}`, which is no address here: {error}",
                     member.id, member.address
                 ),
             ),

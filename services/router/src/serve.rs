@@ -13,6 +13,7 @@ use crate::{
     service::Service,
 };
 use axum::serve::Listener;
+use credentials::Tls;
 use futures::Stream;
 use membership::{Membership, MembershipConfig, RegistryServer, View};
 use proto::{Dial, router_server::RouterServer};
@@ -54,9 +55,11 @@ const OTHER_STREAMS: usize = 256;
 pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
     let router = Router::new(config)?;
     let (grpc, admin) = (listen(router.config.listen).await?, listen(router.config.admin).await?);
-    announce(&grpc, &admin)?;
-    let incoming = TcpIncoming::from(grpc).with_nodelay(Some(true));
-    router.serve(incoming, admin, shutdown).await
+    announce(&grpc, &admin, router.dial.scheme())?;
+    match router.tls.clone() {
+        Some(tls) => router.serve(tls.incoming(grpc), admin, shutdown).await,
+        None => router.serve(TcpIncoming::from(grpc).with_nodelay(Some(true)), admin, shutdown).await,
+    }
 }
 
 /// A router that has no ports yet.
@@ -64,13 +67,18 @@ pub struct Router {
     config: Config,
     source: Source,
     dial: Dial,
+    tls: Option<Tls>,
+    credentials: credentials::Metrics,
 }
 
 impl Router {
-    /// With the membership that the configuration names, reaching workers over TCP.
+    /// With the membership that the configuration names, reaching workers over TCP, secured if it says so.
     pub fn new(config: Config) -> Result<Self, Error> {
         config.check().map_err(Error::Config)?;
-        Ok(Router { source: Source::new(&config)?, config, dial: Dial::default() })
+        let credentials = credentials::Metrics::default();
+        let tls = config.tls.as_ref().map(|tls| Tls::open(tls, credentials.clone())).transpose()?;
+        let dial = tls.as_ref().map_or_else(Dial::default, Tls::dial);
+        Ok(Router { source: Source::new(&config)?, config, dial, tls, credentials })
     }
 
     /// With this membership, whatever the configuration names.
@@ -94,8 +102,9 @@ impl Router {
         C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
         L: Listener<Addr: fmt::Debug>,
     {
-        let Router { config, source, dial } = self;
+        let Router { config, source, dial, tls: _tls, credentials } = self;
         let mut registry = Registry::default();
+        credentials.register(&mut registry);
         let shared = Arc::new(shared(config, dial, &mut registry));
         let (readiness, ready) = watch::channel(Readiness::not("starting"));
         let (stop, stopping) = oneshot::channel::<()>();
@@ -242,9 +251,10 @@ async fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
 }
 
 /// The one line on stdout: where we listen, as ports may have been 0.
-fn announce(grpc: &TcpListener, admin: &TcpListener) -> Result<(), Error> {
-    let url = |listener: &TcpListener| listener.local_addr().map(|address| format!("http://{address}"));
-    let listening = serde_json::json!({"listening": {"grpc": url(grpc)?, "admin": url(admin)?}});
+fn announce(grpc: &TcpListener, admin: &TcpListener, scheme: &str) -> Result<(), Error> {
+    let (grpc, admin) = (grpc.local_addr()?, admin.local_addr()?);
+    let (grpc, admin) = (format!("{scheme}://{grpc}"), format!("http://{admin}"));
+    let listening = serde_json::json!({"listening": {"grpc": grpc, "admin": admin}});
     // Whoever started us may not listen.
     let _ = writeln!(std::io::stdout(), "{listening}");
     Ok(())

@@ -120,8 +120,11 @@ impl Plan {
 
     /// All that it may take, for its key's account; `assumed`: output of a choice that has no bound of the client's.
     pub fn most_tokens(&self, assumed: Option<u32>) -> u64 {
-        let output = |prompt: &PlannedPrompt| assumed.map_or(prompt.max_tokens, |most| most.min(prompt.max_tokens));
-        let of = |prompt: &PlannedPrompt| prompt.tokens.len() as u64 + u64::from(self.n) * u64::from(output(prompt));
+        let output =
+            |prompt: &PlannedPrompt| assumed.map_or(prompt.max_tokens, |most| most.min(prompt.max_tokens));
+        let of = |prompt: &PlannedPrompt| {
+            prompt.tokens.len() as u64 + u64::from(self.n) * u64::from(output(prompt))
+        };
         self.prompts.iter().map(of).sum()
     }
 
@@ -306,15 +309,20 @@ mod tests {
     use serde_json::json;
     use std::path::Path;
 
-    const LIMITS: openai::Limits =
-        openai::Limits { choices: 8, prompts: 8, messages: 8, characters: 10_000 };
+    const LIMITS: openai::Limits = openai::Limits { choices: 8, prompts: 8, messages: 8, characters: 10_000 };
 
     fn demo() -> Model {
         Model::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/demo/checkpoint"), 0).unwrap()
     }
 
     fn bounds() -> Bounds {
-        Bounds { max_context: 2048, prompt_tokens: 0, sequences: 8, priorities: (-10, 10), default_completion_tokens: 0 }
+        Bounds {
+            max_context: 2048,
+            prompt_tokens: 0,
+            sequences: 8,
+            priorities: (-10, 10),
+            default_completion_tokens: 0,
+        }
     }
 
     fn completion(model: &Model, bounds: Bounds, extra: serde_json::Value) -> Result<proto::Sequence, Error> {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use telemetry::Counter;
 use telemetry::trace::{self, TraceContext};
 use tokio::time::{Instant, sleep, timeout};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
 pub struct Upstream {
@@ -248,12 +248,9 @@ impl Upstream {
 impl Router {
     fn new(address: &str, timeouts: &Timeouts, dial: &Dial) -> Result<Self, Error> {
         let problem = |problem: String| Error::RouterAddress { address: address.to_owned(), problem };
-        let endpoint =
-            Endpoint::from_shared(address.to_owned()).map_err(|error| problem(error.to_string()))?;
-        if endpoint.uri().scheme_str() != Some("http") {
-            return Err(problem("the scheme is not http".into()));
-        }
-        let endpoint = endpoint
+        let endpoint = dial
+            .endpoint(address)
+            .map_err(problem)?
             .connect_timeout(ms(timeouts.connect_ms))
             .tcp_nodelay(true)
             .initial_stream_window_size(STREAM_WINDOW)
@@ -299,7 +296,8 @@ fn spoken(status: &Status) -> bool {
 
 /// The request may be what kills them.
 fn given_up(problem: &str) -> proto::Error {
-    let message = format!("more than {LOSSES} routers were lost while they had this request; the last: {problem}");
+    let message =
+        format!("more than {LOSSES} routers were lost while they had this request; the last: {problem}");
     proto::Error::new(ErrorCode::WorkerLost, message)
 }
 

@@ -118,7 +118,8 @@ mod tests {
 
     #[test]
     fn times_are_written_as_openai_does() {
-        for (ms, text) in [(0, "0ms"), (120, "120ms"), (7660, "7.66s"), (360_000, "6m0s"), (61_500, "1m1.5s")] {
+        for (ms, text) in [(0, "0ms"), (120, "120ms"), (7660, "7.66s"), (360_000, "6m0s"), (61_500, "1m1.5s")]
+        {
             assert_eq!(duration(Duration::from_millis(ms)), text);
         }
     }

@@ -24,12 +24,19 @@ fn fits(request: &Request, limits: &Limits) -> Result<(), Error> {
     let headers = request.headers();
     let too_large = |problem: String| Err(Error::new(Code::HeadersTooLarge, problem));
     if headers.len() > limits.headers {
-        return too_large(format!("found {} header fields, expected at most {}", headers.len(), limits.headers));
+        return too_large(format!(
+            "found {} header fields, expected at most {}",
+            headers.len(),
+            limits.headers
+        ));
     }
     let bytes = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>();
     let bytes = bytes + request.uri().path_and_query().map_or(0, |path| path.as_str().len());
     if bytes > limits.header_bytes {
-        return too_large(format!("URL and header fields have {bytes} bytes, expected at most {}", limits.header_bytes));
+        return too_large(format!(
+            "URL and header fields have {bytes} bytes, expected at most {}",
+            limits.header_bytes
+        ));
     }
     Ok(())
 }

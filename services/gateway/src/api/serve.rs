@@ -76,10 +76,8 @@ pub async fn serve<S: Shape>(
 }
 
 /// The request's claim on the account of its key, and its place; both are held until it ends.
-fn admit(
-    gateway: &Gateway,
-    caller: Option<&Caller>,
-) -> Result<(Option<Lease>, OwnedSemaphorePermit), Error> {
+fn admit(gateway: &Gateway, caller: Option<&Caller>) -> Result<(Option<Lease>, OwnedSemaphorePermit), Error> {
+    gateway.check_files()?;
     let patience = ms(gateway.config.timeouts.retry_after_ms);
     let lease = caller.map(|caller| caller.admit(patience)).transpose()?;
     let place = gateway.places.clone().try_acquire_owned();

@@ -67,7 +67,8 @@ impl Account {
     pub fn admit(self: &Arc<Self>, patience: Duration) -> Result<Lease, Error> {
         let (now, mut state) = (Instant::now(), self.lock());
         if let Some(limit) = state.concurrency.filter(|limit| state.running >= *limit) {
-            let message = format!("Concurrency limit reached for this API key: {limit} requests at the same time.");
+            let message =
+                format!("Concurrency limit reached for this API key: {limit} requests at the same time.");
             return Err(Error::new(Code::Concurrency, message).retry_after(patience));
         }
         if let Some(bucket) = &mut state.requests {

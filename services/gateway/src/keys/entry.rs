@@ -106,7 +106,8 @@ impl Entry {
         };
         let named = |problem: &str| Err(format!("key {:?} of {:?}: {problem}", self.id, self.name));
         let limits = &self.limits;
-        let zero = [limits.requests_per_minute, limits.tokens_per_minute, limits.concurrency].contains(&Some(0));
+        let zero =
+            [limits.requests_per_minute, limits.tokens_per_minute, limits.concurrency].contains(&Some(0));
         if !plain(&self.id, b"") {
             return named("the id must be 1 to 64 letters and digits");
         }
@@ -117,7 +118,9 @@ impl Entry {
             return named("the hash must be hmac-sha256:SALT:TAG; make the entry with `baton key new`");
         }
         if zero {
-            return named("a limit is 0, which would refuse everything; leave it out for no limit, or the entry for no key");
+            return named(
+                "a limit is 0, which would refuse everything; leave it out for no limit, or the entry for no key",
+            );
         }
         Ok(())
     }

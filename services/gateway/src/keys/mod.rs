@@ -7,4 +7,4 @@ mod ring;
 
 pub use account::{Lease, Left, Standing};
 pub use entry::{Entry, Limits, NewKey};
-pub use ring::{Caller, KeyRing, WHAT};
+pub use ring::{Caller, KeyRing};

@@ -3,15 +3,15 @@
 use super::account::{Account, Lease, Standing};
 use super::entry::{self, Entry};
 use crate::Error;
+use credentials::{Metrics, bearer};
 use openai::Code;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
-use telemetry::credentials::Metrics;
 
 /// As metrics have it.
-pub const WHAT: &str = "keys";
+const WHAT: &str = "keys";
 
 pub struct KeyRing {
     path: PathBuf,
@@ -47,6 +47,7 @@ impl KeyRing {
 
     /// Takes changes of the file up, for ever.
     pub async fn follow(&self, metrics: &Metrics) {
+        metrics.watch(WHAT);
         let take = |contents: &credentials::Contents| self.replace(&contents[0]);
         credentials::follow(WHAT, vec![self.path.clone()], self.first.clone(), metrics.clone(), take).await;
     }
@@ -69,7 +70,7 @@ impl KeyRing {
 
     /// The owner of the key in an `authorization` header.
     pub fn find(&self, authorization: Option<&str>) -> Result<Caller, openai::Error> {
-        let key = authorization.map(bearer).filter(|key| !key.is_empty()).ok_or_else(missing)?;
+        let key = authorization.and_then(bearer).ok_or_else(missing)?;
         let (id, secret) = entry::split(key).ok_or_else(|| unknown(""))?;
         let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner).clone();
         let entry = keys.entries.get(id).filter(|entry| entry.matches(secret)).ok_or_else(|| unknown(id))?;
@@ -92,13 +93,6 @@ impl Caller {
     }
 }
 
-fn bearer(header: &str) -> &str {
-    match header.trim().split_once(' ') {
-        Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => key.trim(),
-        _ => "",
-    }
-}
-
 fn missing() -> openai::Error {
     openai::Error::new(
         Code::InvalidKey,
@@ -108,8 +102,15 @@ fn missing() -> openai::Error {
 
 /// Says the public part at most.
 fn unknown(id: &str) -> openai::Error {
-    let shown = if id.is_empty() { "it does not look like sk-baton-…".into() } else { format!("id {:?}", openai::shorten(id)) };
-    openai::Error::new(Code::InvalidKey, format!("Incorrect API key provided: {shown}. Ask the operator for a key."))
+    let shown = if id.is_empty() {
+        "it does not look like sk-baton-…".into()
+    } else {
+        format!("id {:?}", openai::shorten(id))
+    };
+    openai::Error::new(
+        Code::InvalidKey,
+        format!("Incorrect API key provided: {shown}. Ask the operator for a key."),
+    )
 }
 
 #[cfg(test)]

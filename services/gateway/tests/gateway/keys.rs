@@ -52,7 +52,8 @@ async fn ask(cluster: &Cluster, key: &str, extra: Value) -> Reply {
 #[tokio::test]
 async fn only_known_keys_get_in_and_only_admins_see_the_process() {
     let mut keys = Keys::new();
-    let (user, admin) = (keys.add("user", Limits::default(), false), keys.add("ops", Limits::default(), true));
+    let (user, admin) =
+        (keys.add("user", Limits::default(), false), keys.add("ops", Limits::default(), true));
     let cluster = keys.cluster().await;
     let refused = cluster.chat(json!({})).await;
     assert_eq!(refused.error(), (401, String::new(), "invalid_api_key".into()));

@@ -17,7 +17,8 @@ async fn heads_are_bounded_in_fields_and_bytes() {
     };
     let cluster = Cluster::with(|request| answer(request, "yes"), configure).await;
     let body = chat(json!({})).to_string();
-    let fields = |count: usize| format!("{JSON}{}", (0..count).map(|i| format!("x-{i}: y\r\n")).collect::<String>());
+    let fields =
+        |count: usize| format!("{JSON}{}", (0..count).map(|i| format!("x-{i}: y\r\n")).collect::<String>());
     // host, connection and content-length are there already, and content-type.
     assert_eq!(request(cluster.http, "POST", CHAT, &fields(16), &body).await.status, 200);
     let many = request(cluster.http, "POST", CHAT, &fields(17), &body).await;
@@ -85,7 +86,12 @@ async fn conversations_are_bounded_in_messages_and_characters() {
         (CHAT, messages(4, "a"), "messages", "found 4 messages, expected at most 3"),
         (CHAT, messages(2, &"é".repeat(51)), "messages", "found 102 characters, expected at most 100"),
         (CHAT, hidden, "messages", "characters"),
-        ("/v1/completions", completion(json!({"prompt": ["a".repeat(50), "b".repeat(51)]})), "prompt", "found 101"),
+        (
+            "/v1/completions",
+            completion(json!({"prompt": ["a".repeat(50), "b".repeat(51)]})),
+            "prompt",
+            "found 101",
+        ),
     ] {
         let reply = post(cluster.http, path, &body).await;
         assert_eq!(reply.error(), (400, param.into(), "invalid_value".into()), "{}", reply.body);
@@ -106,8 +112,10 @@ async fn a_quadratic_template_is_stopped() {
                     and loop.index > 99999 %}{{ other.role }}{% endif %}{% endfor %}{% endfor %}end";
     std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
     let cluster =
-        Cluster::with(|request| answer(request, "yes"), |config| config.model_dir = dir.path().to_owned()).await;
-    let messages = |count: usize| chat(json!({"messages": vec![json!({"role": "user", "content": "x"}); count]}));
+        Cluster::with(|request| answer(request, "yes"), |config| config.model_dir = dir.path().to_owned())
+            .await;
+    let messages =
+        |count: usize| chat(json!({"messages": vec![json!({"role": "user", "content": "x"}); count]}));
     assert_eq!(post(cluster.http, CHAT, &messages(100)).await.status, 200);
     let began = std::time::Instant::now();
     let reply = post(cluster.http, CHAT, &messages(2048)).await;
