@@ -1,13 +1,15 @@
 //! A cluster of real processes for a test to ask, watch and break.
 
 mod binary;
+#[path = "../../crates/credentials/tests/certificates/mod.rs"]
+pub mod certificates;
 mod cluster;
 pub mod deployment;
 #[path = "../../crates/membership/tests/etcd_cluster/mod.rs"]
 pub mod etcd_cluster;
 pub mod golden;
 #[path = "../../services/baton/src/http.rs"]
-mod http;
+pub mod http;
 pub mod load;
 pub mod network;
 mod pool;
