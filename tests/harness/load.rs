@@ -158,7 +158,6 @@ impl Load {
 
     async fn ask(&self, client: &Client, n: usize, question: &Question) -> Result<(), Fault> {
         let told = |error: String| Fault::Told(error);
-        self.event(n);
         let mut body = question.body.clone();
         body.insert("stream".into(), true.into());
         let sent = client.open(Method::POST, "/v1/completions", Value::Object(body).to_string().into()).await;

@@ -128,13 +128,13 @@ impl KvMemory for Memory {
         if !self.once_in(self.controls.damage) {
             return whole;
         }
-        then(whole, |payload| Payload { bytes: flipped(&payload.bytes), ..payload })
+        then(whole, |payload| Payload { bytes: flipped(&payload.bytes.together()).into(), ..payload })
     }
 
     fn write(&self, block: BlockId, rows: u32, payload: Payload, after: StepId) -> Transfer<()> {
         match self.controls.broken {
             Some(Broken::Digest) if self.once_in(100) => {
-                self.memory.write(block, rows, Payload::new(flipped(&payload.bytes)), after)
+                self.memory.write(block, rows, Payload::new(flipped(&payload.bytes.together())), after)
             }
             Some(Broken::Lost) if self.once_in(100) => done(),
             Some(Broken::Misplaced) if self.once_in(100) => {

@@ -9,6 +9,7 @@
 
 mod admit;
 mod collect;
+mod longest;
 mod plan;
 mod sequence;
 
@@ -18,12 +19,10 @@ use crate::{
 };
 use collect::InFlight;
 use kv::{BlockPool, Counts, Holder, StepId};
+use longest::Longest;
 use plan::Prepared;
 use sequence::{Kind, Sequence, State};
-use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
-    time::Duration,
-};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// A sequence's name, ordered as it is scheduled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -50,7 +49,7 @@ pub(crate) struct Core {
     in_flight: VecDeque<InFlight>,
     arrivals: u64,
     collected: StepId,
-    longest_step: Duration,
+    longest_step: Longest,
 }
 
 impl Core {
@@ -77,7 +76,7 @@ impl Core {
             in_flight: VecDeque::new(),
             arrivals: 0,
             collected: 0,
-            longest_step: Duration::ZERO,
+            longest_step: Longest::default(),
             config,
         }
     }
@@ -166,7 +165,7 @@ impl Core {
             reserved: self.reserved.len() as u32,
             waiting_tokens: self.sequences.values().map(|s| s.uncomputed() as u64).sum(),
             step: self.collected,
-            longest_step: self.longest_step,
+            longest_step: self.longest_step.get(),
         }
     }
 

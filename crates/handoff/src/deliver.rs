@@ -8,6 +8,7 @@ use crate::{
     direct::Pool,
     framing,
     landing::landed,
+    liveness::patience,
     sender::{self, Action, Bounds, Event, Failure},
 };
 use bytes::Bytes;
@@ -96,6 +97,8 @@ pub struct Delivery {
     /// Where each computed block lies, and the step that completes it.
     places: Vec<Option<(BlockId, StepId)>>,
     reads: FuturesUnordered<BoxFuture<'static, (u32, Result<Fetched, KvError>)>>,
+    /// When the last read ended, or began while there was no other.
+    copied: Instant,
     fetched: Option<Fetched>,
     commit: Option<proto::Commit>,
     queue: VecDeque<Message>,
@@ -147,6 +150,7 @@ impl Delivery {
             sender: sender::Sender::new(blocks, has, bounds(&*pool.memory, options), Now::ZERO),
             places: vec![None; blocks as usize],
             reads: FuturesUnordered::new(),
+            copied: Instant::now(),
             fetched: None,
             commit: None,
             queue: VecDeque::from([Message::Open(opening(&order, &pool))]),
@@ -239,11 +243,15 @@ impl Delivery {
         let Some((block, after)) = self.places[index as usize] else {
             return;
         };
+        if self.reads.is_empty() {
+            self.copied = Instant::now();
+        }
         let read = fetch(&self.pool, block, self.order.bindings[index as usize].rows, after);
         self.reads.push(async move { (index, read.await) }.boxed());
     }
 
     fn read(&mut self, index: u32, fetched: Result<Fetched, KvError>) {
+        self.copied = Instant::now();
         match fetched {
             Ok(fetched) => {
                 self.fetched = Some(fetched);
@@ -268,8 +276,14 @@ impl Delivery {
     }
 
     fn beat(&mut self) {
+        let pulse = (self.pulse)();
+        let patience = patience(self.silence, Duration::from_millis(pulse.longest_step_ms.into()));
+        if !self.reads.is_empty() && self.copied.elapsed() > patience {
+            let why = format!("it has copied no block out for {patience:?}");
+            return self.break_off(KvError::Stopped(why).into());
+        }
         if self.queue.is_empty() {
-            self.queue.push_back(Message::Heartbeat((self.pulse)()));
+            self.queue.push_back(Message::Heartbeat(pulse));
         }
         self.on(Event::Tick);
     }
@@ -367,7 +381,7 @@ fn fetch(
         let transfer = pool.memory.read(block, rows, after);
         return async move {
             let Payload { bytes, digest } = landed(transfer).await?;
-            Ok(Fetched { digest, content: Content::Payload(bytes) })
+            Ok(Fetched { digest, content: Content::Payload(bytes.together()) })
         }
         .boxed();
     };

@@ -2,9 +2,8 @@
 //! believed only if what lies in the block then has the digest that was announced.
 
 use crate::direct::{Piece, Pool};
-use bytes::Bytes;
 use futures::{FutureExt, future::BoxFuture};
-use kv::{BlockId, Digest, KvError, Payload, StepId, Transfer};
+use kv::{BlockId, Digest, KvError, Payload, Pieces, StepId, Transfer};
 
 /// Completes when nothing of it writes any more.
 pub(crate) type Landing = BoxFuture<'static, Result<(), KvError>>;
@@ -16,7 +15,7 @@ pub(crate) struct Place {
     pub digest: Digest,
 }
 
-pub(crate) fn copy(pool: &Pool, to: Place, bytes: Bytes, after: StepId) -> Landing {
+pub(crate) fn copy(pool: &Pool, to: Place, bytes: Pieces, after: StepId) -> Landing {
     let payload = Payload { bytes, digest: to.digest };
     landed(pool.memory.write(to.block, to.rows, payload, after)).boxed()
 }

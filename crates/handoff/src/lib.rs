@@ -16,6 +16,7 @@ pub mod receiver;
 pub mod sender;
 pub mod serve;
 pub mod transport;
+mod unframing;
 
 pub use error::Error;
 pub use receiver::{Now, Patience};

@@ -9,6 +9,11 @@ use std::time::Duration;
 /// A step that takes this many times the longest ever seen counts as stuck.
 const MARGIN: u32 = 10;
 
+/// How long a device may take for anything, if its longest step took `longest`.
+pub fn patience(silence: Duration, longest: Duration) -> Duration {
+    silence.max(longest * MARGIN)
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
     Alive,
@@ -41,7 +46,7 @@ impl Liveness {
         self.heard = now;
     }
 
-    /// `longest`: the longest step that the peer has measured since it started.
+    /// `longest`: the longest of the peer's last steps, a thousand at least.
     pub fn heartbeat(&mut self, step: u64, working: bool, longest: Duration, now: Now) {
         self.heard = now;
         self.longest = self.longest.max(longest);
@@ -57,7 +62,7 @@ impl Liveness {
     pub fn verdict(&self, now: Now) -> Verdict {
         if now.saturating_sub(self.heard) > self.silence {
             Verdict::Silent
-        } else if self.working && now.saturating_sub(self.moved) > self.silence.max(self.longest * MARGIN) {
+        } else if self.working && now.saturating_sub(self.moved) > patience(self.silence, self.longest) {
             Verdict::Stuck
         } else {
             Verdict::Alive

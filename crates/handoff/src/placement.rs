@@ -23,7 +23,6 @@ pub enum Event {
     /// Its stream failed, fell silent, or reported an error.
     PrefillLost {
         epoch: u32,
-        retryable: bool,
     },
     Advanced {
         epoch: u32,
@@ -169,7 +168,7 @@ impl Placement {
             (_, Event::FirstToken { token, .. }) => self.give(token),
             (Prefilling, Event::Delivered { .. }) => self.enter(Delivered),
             (Delivered | Decoding, Event::Delivered { .. }) => Vec::new(),
-            (Prefilling, Event::PrefillLost { retryable, .. }) => self.prefill_lost(retryable),
+            (Prefilling, Event::PrefillLost { .. }) => self.prefill_lost(),
             (Delivered | Decoding, Event::PrefillLost { .. }) => self.release_prefill(),
             (Advancing, Event::Advanced { epoch, accepted }) => self.ask(epoch, accepted),
             (Prefilling | Advancing, Event::AlreadyComplete) => self.enter(Delivered),
@@ -204,8 +203,8 @@ impl Placement {
         vec![Action::AskPrefill { reservation, epoch, present, accepted, forced }]
     }
 
-    fn prefill_lost(&mut self, retryable: bool) -> Vec<Action> {
-        if !retryable || self.tries == 0 {
+    fn prefill_lost(&mut self) -> Vec<Action> {
+        if self.tries == 0 {
             return self.end(End::PrefillLost);
         }
         let mut actions = self.release_prefill();

@@ -38,12 +38,12 @@ fn the_plain_road() {
 fn a_lost_prefill_is_fenced_before_another_is_asked_and_the_seen_token_is_forced() {
     let mut it = Placement::new(2);
     say(&mut it, &[RESERVED, Event::FirstToken { epoch: 1, token: 5 }]);
-    let lost = it.on(Event::PrefillLost { epoch: 1, retryable: true });
+    let lost = it.on(Event::PrefillLost { epoch: 1 });
     assert_eq!(lost, [Action::DropPrefill, Action::Advance { reservation: 7, epoch: 1 }]);
     assert_eq!(it.on(Event::Delivered { epoch: 1 }), [], "given up");
     assert_eq!(it.on(Event::Advanced { epoch: 2, accepted: vec![0, 1, 3] }), [ask(2, &[0, 1, 3], Some(5))]);
     assert_eq!(it.on(Event::FirstToken { epoch: 2, token: 5 }), [], "the client has it");
-    let lost = it.on(Event::PrefillLost { epoch: 2, retryable: true });
+    let lost = it.on(Event::PrefillLost { epoch: 2 });
     assert_eq!(
         lost,
         [Action::DropPrefill, Action::DropDecode, Action::End(End::PrefillLost)],
@@ -54,7 +54,7 @@ fn a_lost_prefill_is_fenced_before_another_is_asked_and_the_seen_token_is_forced
 #[test]
 fn a_prefill_that_died_after_its_commit_cost_nothing() {
     let mut it = Placement::new(2);
-    say(&mut it, &[RESERVED, Event::PrefillLost { epoch: 1, retryable: true }]);
+    say(&mut it, &[RESERVED, Event::PrefillLost { epoch: 1 }]);
     assert_eq!(it.on(Event::AlreadyComplete), []);
     assert_eq!(it.on(Event::Decoding { token: 9 }), [Action::First { token: 9 }]);
 }
@@ -79,7 +79,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         1 => Just(Event::LocalPrefill),
         3 => (epoch.clone(), 0..9u32).prop_map(|(epoch, token)| Event::FirstToken { epoch, token }),
         1 => epoch.clone().prop_map(|epoch| Event::Delivered { epoch }),
-        3 => (epoch.clone(), any::<bool>()).prop_map(|(epoch, retryable)| Event::PrefillLost { epoch, retryable }),
+        3 => epoch.clone().prop_map(|epoch| Event::PrefillLost { epoch }),
         3 => epoch.prop_map(|epoch| Event::Advanced { epoch, accepted: vec![0] }),
         1 => Just(Event::AlreadyComplete),
         2 => (0..9u32).prop_map(|token| Event::Decoding { token }),

@@ -9,7 +9,7 @@ use crate::{
     receiver::{Action, Answer, Event, Patience, Receiver, Reply, State},
 };
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use kv::{BlockId, KvError, StepId};
+use kv::{BlockId, KvError, Pieces, StepId};
 use proto::{ErrorCode, deliver_reply::Reply as Wire};
 use std::{collections::HashMap, time::Duration};
 use tokio::{sync::mpsc, time::Instant};
@@ -38,7 +38,8 @@ pub(crate) struct Parcel {
 
 pub(crate) enum Content {
     Open(proto::DeliverOpen),
-    Offer(proto::Offer),
+    /// The payload is not in the message.
+    Offer(proto::Offer, Pieces),
     Commit(proto::Commit),
     Heartbeat,
     /// The stream has ended.
@@ -112,7 +113,7 @@ pub struct Incoming {
 /// The message under work: who sent it and the bytes it brought.
 struct Heard<'a> {
     from: Option<(u32, &'a Replies)>,
-    offer: Option<proto::Offer>,
+    offer: Option<(proto::Offer, Pieces)>,
 }
 
 const NOBODY: Heard<'static> = Heard { from: None, offer: None };
@@ -242,9 +243,10 @@ impl Incoming {
     fn hear(&mut self, epoch: u32, content: Content, replies: &Replies) {
         let from = Some((epoch, replies));
         match content {
-            Content::Offer(offer) => {
+            Content::Offer(offer, payload) => {
                 self.first_offer.get_or_insert_with(Instant::now);
-                self.on(Event::Offer { epoch, index: offer.index }, Heard { from, offer: Some(offer) });
+                let event = Event::Offer { epoch, index: offer.index };
+                self.on(event, Heard { from, offer: Some((offer, payload)) });
             }
             Content::Commit(commit) => self.commit(epoch, commit, replies),
             Content::Open(_) | Content::Heartbeat => {
@@ -296,19 +298,19 @@ impl Incoming {
     }
 
     fn write(&mut self, index: u32, heard: &mut Heard<'_>) {
-        let Some(offer) = heard.offer.take() else {
+        let Some((offer, payload)) = heard.offer.take() else {
             return;
         };
-        if let Err(error) = self.check(&offer) {
+        if let Err(error) = self.check(&offer, payload.len()) {
             self.fault = Some(error);
             return self.on(Event::Spoiled { index }, Heard { from: heard.from, offer: None });
         }
         let bytes = self.pool.memory.layout().payload_bytes(offer.rows) as u64;
-        let landing = self.land(index, offer);
+        let landing = self.land(index, offer, payload);
         self.writes.push(async move { (index, bytes, landing.await) }.boxed());
     }
 
-    fn land(&mut self, index: u32, offer: proto::Offer) -> Landing {
+    fn land(&mut self, index: u32, offer: proto::Offer, payload: Pieces) -> Landing {
         let digest = self.plan.bindings[index as usize].open(offer.digest);
         let place = Place { block: self.plan.blocks[index as usize], rows: offer.rows, digest };
         let after = (self.after)();
@@ -317,19 +319,19 @@ impl Incoming {
                 self.reading.insert(index, origin.clone());
                 landing::fetch(&self.pool, place, origin.clone(), address as usize, after)
             }
-            _ => landing::copy(&self.pool, place, offer.payload, after),
+            _ => landing::copy(&self.pool, place, payload, after),
         }
     }
 
     /// An offer that no write could take.
-    fn check(&mut self, offer: &proto::Offer) -> Result<(), proto::Error> {
+    fn check(&mut self, offer: &proto::Offer, payload: usize) -> Result<(), proto::Error> {
         let binding = self.plan.bindings[offer.index as usize];
         let expected = match offer.address {
             None => self.pool.memory.layout().payload_bytes(binding.rows),
             Some(_) => 0,
         };
         let told = offer.address.is_some() == self.pool.direct.is_some();
-        if told && offer.rows == binding.rows && offer.payload.len() == expected {
+        if told && offer.rows == binding.rows && payload == expected {
             return Ok(());
         }
         self.received.refused += 1;
@@ -337,7 +339,7 @@ impl Incoming {
             "block {} came as {} rows in {} bytes over {}, {} rows in {expected} bytes over {} were expected",
             offer.index,
             offer.rows,
-            offer.payload.len(),
+            payload,
             if offer.address.is_some() { "a direct transport" } else { "grpc" },
             binding.rows,
             self.pool.transport(),
@@ -458,9 +460,9 @@ fn differ(what: &str, open: &proto::DeliverOpen, theirs: u64, ours: u64) -> Stri
 }
 
 impl Inbox {
-    /// Waits for room; false when the reservation has ended.
-    pub(crate) async fn put(&self, parcel: Parcel) -> bool {
-        self.0.send(parcel).await.is_ok()
+    /// Waits for room; `None` when the reservation has ended.
+    pub(crate) async fn room(&self) -> Option<mpsc::Permit<'_, Parcel>> {
+        self.0.reserve().await.ok()
     }
 
     /// Resolves when the reservation has ended.

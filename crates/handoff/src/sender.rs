@@ -144,11 +144,6 @@ impl Sender {
         self.state
     }
 
-    /// When to send the next [`Event::Tick`].
-    pub fn deadline(&self) -> Option<Now> {
-        (!matches!(self.state, State::Done | State::Failed)).then(|| self.heard + self.bounds.silence)
-    }
-
     fn heard(&mut self, now: Now) -> &mut Self {
         self.heard = now;
         self

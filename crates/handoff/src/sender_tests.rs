@@ -74,7 +74,6 @@ fn a_confirmation_too_early_is_a_broken_protocol() {
 fn silence_fails_and_heartbeats_renew() {
     let mut it = sender(1, &[]);
     it.on(Event::Heartbeat, Now::from_secs(5));
-    assert_eq!(it.deadline(), Some(Now::from_secs(15)));
     assert_eq!(it.on(Event::Tick, Now::from_secs(14)), []);
     assert_eq!(it.on(Event::Tick, Now::from_secs(15)), [Action::Fail(Failure::Silent)]);
     assert_eq!(it.on(Event::Committed, Now::from_secs(15)), []);

@@ -191,7 +191,7 @@ fn placement() -> String {
     use placement::{Action, Event};
     let reserved = Event::Reserved { reservation: 1, epoch: 1, present: 1 };
     let token = |epoch| Event::FirstToken { epoch, token: 7 };
-    let lost = |epoch| Event::PrefillLost { epoch, retryable: true };
+    let lost = |epoch| Event::PrefillLost { epoch };
     let (delivered, decoding) = (Event::Delivered { epoch: 1 }, Event::Decoding { token: 7 });
     let advanced = Event::Advanced { epoch: 2, accepted: vec![1] };
     let situations = [
@@ -215,7 +215,6 @@ fn placement() -> String {
         ("Delivered of epoch 1", delivered),
         ("PrefillLost of epoch 1", lost(1)),
         ("PrefillLost of epoch 2", lost(2)),
-        ("PrefillLost of epoch 1, not retryable", Event::PrefillLost { epoch: 1, retryable: false }),
         ("Advanced to epoch 2", advanced),
         ("AlreadyComplete", Event::AlreadyComplete),
         ("Decoding", decoding),

@@ -6,7 +6,7 @@
 //! once in 2^64; it is no defence against somebody who forges blocks.
 
 use crate::KvError;
-use bytes::Bytes;
+use bytes::Buf;
 use xxhash_rust::xxh64::{Xxh64, xxh64};
 
 /// Digest of the valid rows of a block.
@@ -48,10 +48,10 @@ pub struct HashedCopy(Leaves);
 impl HashedCopy {
     const PIECE: usize = 16 * Digest::LEAF;
 
-    /// `from` into `to`, which has the same length.
-    pub fn copy(&mut self, from: &[u8], to: &mut [u8]) {
-        for (from, to) in from.chunks(Self::PIECE).zip(to.chunks_mut(Self::PIECE)) {
-            to.copy_from_slice(from);
+    /// The next bytes of `from`, which has enough of them, into `to`.
+    pub fn copy(&mut self, from: &mut impl Buf, to: &mut [u8]) {
+        for to in to.chunks_mut(Self::PIECE) {
+            from.copy_to_slice(to);
             self.0.add(to);
         }
     }
@@ -118,20 +118,6 @@ impl Leaves {
     }
 }
 
-/// The valid rows of a block on their way, with the digest that they had in the memory they come from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Payload {
-    pub bytes: Bytes,
-    pub digest: Digest,
-}
-
-impl Payload {
-    /// With the digest of `bytes` as they are here.
-    pub fn new(bytes: Bytes) -> Payload {
-        Payload { digest: Digest::of(&bytes), bytes }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -171,7 +157,7 @@ mod tests {
         let (from, mut to, mut appended) = (bytes(300_000), vec![0; 300_000], Vec::new());
         let (mut copied, mut hashed) = (HashedCopy::default(), HashedCopy::default());
         for part in [0..70_001, 70_001..300_000] {
-            copied.copy(&from[part.clone()], &mut to[part.clone()]);
+            copied.copy(&mut &from[part.clone()], &mut to[part.clone()]);
             hashed.append(&from[part], &mut appended);
         }
         assert!(from == to && from == appended);

@@ -7,12 +7,14 @@ mod hash;
 mod layout;
 mod list;
 mod memory;
+mod payload;
 mod pool;
 
-pub use digest::{Digest, HashedCopy, Payload};
+pub use digest::{Digest, HashedCopy};
 pub use hash::{BlockHash, hash_blocks};
 pub use layout::{KvDtype, KvLayout};
 pub use memory::{KvError, KvMemory, Region, Reply, Run, StepId, Transfer, transfer};
+pub use payload::{Payload, Pieces};
 pub use pool::{BlockPool, Counts, Holder, Match};
 
 /// Index of a block in its pool.

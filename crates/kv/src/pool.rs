@@ -14,11 +14,9 @@ pub enum Holder {
     Reservation,
     /// A prefill worker's offer, until the receiver has accepted it.
     Offer,
-    /// A transfer that is writing into it.
-    Read,
 }
 
-const KINDS: usize = 4;
+const KINDS: usize = 3;
 
 /// How many blocks are in each state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -331,8 +329,8 @@ mod tests {
     #[test]
     fn quarantine_keeps_a_block_from_everybody() {
         let mut pool = BlockPool::new(1);
-        let block = pool.allocate(1, Holder::Read).expect("fits")[0];
-        pool.quarantine(block, Holder::Read);
+        let block = pool.allocate(1, Holder::Reservation).expect("fits")[0];
+        pool.quarantine(block, Holder::Reservation);
         assert_eq!(pool.counts().quarantined, 1);
         assert_eq!(pool.allocate(1, Holder::Sequence), None);
         pool.unquarantine(block);

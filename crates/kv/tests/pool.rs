@@ -4,7 +4,7 @@
 use kv::{BlockHash, BlockId, BlockPool, Counts, Holder, Match};
 use proptest::{collection::vec, prelude::*};
 
-const KINDS: [Holder; 4] = [Holder::Sequence, Holder::Reservation, Holder::Offer, Holder::Read];
+const KINDS: [Holder; 3] = [Holder::Sequence, Holder::Reservation, Holder::Offer];
 
 /// The states of all blocks, searched instead of indexed.
 #[derive(Default)]
@@ -88,9 +88,9 @@ enum Op {
 fn op() -> impl Strategy<Value = Op> {
     let pick = 0usize..64;
     prop_oneof![
-        2 => (0u128..8, 1usize..6, 0usize..4).prop_map(|(from, len, holder)| Op::Match { from, len, holder }),
-        3 => (0usize..6, 0usize..4).prop_map(|(n, holder)| Op::Allocate { n, holder }),
-        1 => (pick.clone(), 0usize..4).prop_map(|(pick, holder)| Op::Share { pick, holder }),
+        2 => (0u128..8, 1usize..6, 0..KINDS.len()).prop_map(|(from, len, holder)| Op::Match { from, len, holder }),
+        3 => (0usize..6, 0..KINDS.len()).prop_map(|(n, holder)| Op::Allocate { n, holder }),
+        1 => (pick.clone(), 0..KINDS.len()).prop_map(|(pick, holder)| Op::Share { pick, holder }),
         5 => pick.clone().prop_map(|pick| Op::Release { pick }),
         4 => (pick.clone(), 0u128..12).prop_map(|(pick, hash)| Op::Publish { pick, hash }),
         1 => pick.clone().prop_map(|pick| Op::Quarantine { pick }),

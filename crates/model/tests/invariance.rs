@@ -143,8 +143,9 @@ fn blocks_read_here_and_written_there_change_no_bit() {
         };
         assert_eq!(payload.bytes.len(), from.runner.layout().payload_bytes(rows));
         let mut damaged = payload.clone();
-        damaged.bytes =
-            payload.bytes.iter().enumerate().map(|(at, byte)| byte ^ u8::from(at == 99)).collect();
+        let mut bytes = payload.bytes.together().to_vec();
+        bytes[99] ^= 1;
+        damaged.bytes = bytes.into();
         assert!(matches!(write(&mut to, *block, rows, damaged), Err(kv::KvError::Damaged { .. })));
         write(&mut to, *block, rows, payload).unwrap();
     }

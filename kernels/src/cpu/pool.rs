@@ -3,8 +3,7 @@
 
 use super::memory::HostMemory;
 use crate::Error;
-use bytes::Bytes;
-use kv::{BlockId, Digest, HashedCopy, KvError, KvLayout, Payload, Region};
+use kv::{BlockId, Digest, HashedCopy, KvError, KvLayout, Payload, Pieces, Region};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -70,7 +69,7 @@ impl KvPool {
         let (mut copy, mut bytes) =
             (HashedCopy::default(), Vec::with_capacity(self.layout.payload_bytes(rows)));
         self.layers(block, rows)?.for_each(|layer| copy.append(layer, &mut bytes));
-        Ok(Payload { bytes: Bytes::from(bytes), digest: copy.digest() })
+        Ok(Payload { bytes: bytes.into(), digest: copy.digest() })
     }
 
     /// Of the rows as they lie here.
@@ -87,17 +86,16 @@ impl KvPool {
     }
 
     /// The digest of what lies there afterwards.
-    pub fn write(&mut self, block: BlockId, rows: u32, payload: &[u8]) -> Result<Digest, KvError> {
+    pub fn write(&mut self, block: BlockId, rows: u32, payload: &Pieces) -> Result<Digest, KvError> {
         self.check(block)?;
         let (elements, expected) = (self.elements(rows)?, self.layout.payload_bytes(rows));
         if payload.len() != expected {
             return Err(KvError::WrongLength { rows, expected, found: payload.len() });
         }
-        let mut copy = HashedCopy::default();
+        let (mut copy, mut from) = (HashedCopy::default(), payload.reader());
         for layer in 0..self.layout.layers as usize {
             let start = self.offset(block, layer);
-            let from = &payload[layer * elements * 4..][..elements * 4];
-            copy.copy(from, bytes_mut(&mut self.values_mut()[start..][..elements]));
+            copy.copy(&mut from, bytes_mut(&mut self.values_mut()[start..][..elements]));
         }
         Ok(copy.digest())
     }
@@ -168,7 +166,7 @@ mod tests {
         assert!(matches!(pool.read(5, 1), Err(KvError::NoSuchBlock { block: 5, blocks: 5 })));
         assert!(matches!(pool.read(0, 5), Err(KvError::WrongLength { .. })));
         assert!(matches!(
-            pool.write(0, 1, &[0; 8]),
+            pool.write(0, 1, &vec![0; 8].into()),
             Err(KvError::WrongLength { expected: 24, found: 8, .. })
         ));
     }

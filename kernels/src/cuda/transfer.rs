@@ -9,7 +9,7 @@ use super::{
     host::{Pinned, copy_down, event},
 };
 use crate::Error;
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, sys};
 use kv::{BlockId, Digest, KvError, KvLayout, Payload, Reply};
 use std::{
@@ -106,7 +106,7 @@ impl KvPool {
     pub fn write(&self, of: &Device, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
         let rows = self.rows(block, rows);
         let enqueue = |buffer: &mut Buffer| {
-            buffer.bytes.bytes_mut()[..payload.bytes.len()].copy_from_slice(&payload.bytes);
+            payload.bytes.reader().copy_to_slice(&mut buffer.bytes.bytes_mut()[..payload.bytes.len()]);
             self.follow(of)?;
             self.copy(up(rows, buffer.bytes.bytes()))?;
             self.hash(of, rows, buffer)?;
@@ -229,7 +229,7 @@ impl Answer {
         match self {
             Answer::Read(reply) => {
                 let bytes = Bytes::copy_from_slice(&buffer.bytes.bytes()[..rows.bytes()]);
-                drop(reply.send(Ok(Payload { bytes, digest })));
+                drop(reply.send(Ok(Payload { bytes: bytes.into(), digest })));
             }
             Answer::Written(sent, reply) => drop(reply.send(digest.expect(sent))),
         }

@@ -34,7 +34,7 @@ fn backend() -> Option<CudaBackend> {
 /// With the digest that the CPU computes.
 fn payload(layout: KvLayout, block: u32, rows: u32) -> Payload {
     let bytes = (0..layout.payload_bytes(rows) as u32).map(|i| (i * 7 + block * 31 + i / 997) as u8);
-    Payload::new(bytes.collect())
+    Payload::new(bytes.collect::<Vec<u8>>())
 }
 
 fn write(backend: &mut CudaBackend, block: u32, rows: u32, payload: Payload) -> Result<(), KvError> {
@@ -67,10 +67,11 @@ fn blocks_come_back_as_they_went_in() {
     write(&mut backend, 17, 5, payload(layout, 90, 5)).unwrap();
     assert_eq!(read(&mut backend, 17, 5), payload(layout, 90, 5));
     let row = layout.payload_bytes(1) / 3;
-    let (whole, before) = (read(&mut backend, 17, 64), payload(layout, 17, 64));
+    let (whole, before) =
+        (read(&mut backend, 17, 64).bytes.together(), payload(layout, 17, 64).bytes.together());
     for layer in 0..3 {
         let rest = (layer * 64 + 5) * row..(layer + 1) * 64 * row;
-        assert_eq!(whole.bytes[rest.clone()], before.bytes[rest]);
+        assert_eq!(whole[rest.clone()], before[rest]);
     }
 }
 
@@ -93,7 +94,7 @@ fn a_block_that_lands_otherwise_than_it_was_sent_is_refused() {
     let layout = backend.layout();
     for (rows, bit) in [(64, 0), (64, 8 * layout.payload_bytes(64) - 1), (7, 8 * 4096 + 3), (1, 13)] {
         let sent = payload(layout, 1, rows);
-        let mut bytes = sent.bytes.to_vec();
+        let mut bytes = sent.bytes.together().to_vec();
         bytes[bit / 8] ^= 1 << (bit % 8);
         let refused = write(&mut backend, 9, rows, Payload { bytes: bytes.into(), ..sent });
         assert!(matches!(refused, Err(KvError::Damaged { .. })), "{rows} rows, bit {bit}: {refused:?}");

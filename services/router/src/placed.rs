@@ -248,7 +248,7 @@ impl<'a> Placed<'a> {
         if let (State::Prefilling, Some(member)) = (self.machine.state(), member) {
             self.judge_prefill(member, failure)?;
         }
-        self.tell(Event::PrefillLost { epoch: self.machine.epoch(), retryable: true }).await
+        self.tell(Event::PrefillLost { epoch: self.machine.epoch() }).await
     }
 
     fn judge_prefill(&mut self, member: Arc<Member>, failure: Failure) -> Result<(), Error> {
@@ -277,7 +277,7 @@ impl<'a> Placed<'a> {
             return Err(Ending::Elsewhere("prefill_lost"));
         }
         self.decode_event(event).await?;
-        self.tell(Event::PrefillLost { epoch: self.machine.epoch(), retryable: true }).await
+        self.tell(Event::PrefillLost { epoch: self.machine.epoch() }).await
     }
 
     async fn credit_granted(&mut self, offer: Offer) -> Result<(), Ending> {

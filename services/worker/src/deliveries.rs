@@ -1,17 +1,14 @@
-//! The hand-off service: leads each delivery stream to the reservation that it names.
+//! What delivery streams find here: the reservation that each names.
 
 use crate::shared::Shared;
-use handoff::{receive::Inbox, serve};
-use proto::{DeliverMessage, DeliverReply};
-use std::{sync::Arc, time::Duration};
+use handoff::{receive::Inbox, serve::Reservations};
+use http::HeaderMap;
+use std::time::Duration;
 use telemetry::trace;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::metadata::MetadataMap;
+use tracing::Span;
 
-#[derive(Clone)]
-pub struct HandoffService(pub Arc<Shared>);
-
-impl serve::Reservations for Shared {
+impl Reservations for Shared {
     fn inbox(&self, reservation: u64) -> Option<Inbox> {
         self.reservations.get(reservation)
     }
@@ -19,20 +16,16 @@ impl serve::Reservations for Shared {
     fn heartbeat(&self) -> proto::Heartbeat {
         Shared::heartbeat(self)
     }
-}
 
-#[tonic::async_trait]
-impl proto::handoff_server::Handoff for HandoffService {
-    type DeliverStream = ReceiverStream<Result<DeliverReply, Status>>;
+    fn heartbeat_every(&self) -> Duration {
+        Shared::heartbeat_every(self)
+    }
 
-    async fn deliver(
-        &self,
-        request: Request<Streaming<DeliverMessage>>,
-    ) -> Result<Response<Self::DeliverStream>, Status> {
-        let span = trace::span("deliver", &trace::extract(request.metadata()), "");
-        let silence = Duration::from_millis(self.0.config.liveness.silence_ms);
-        let _entered = span.enter();
-        let replies = serve::serve(request.into_inner(), self.0.clone(), self.0.heartbeat_every(), silence);
-        Ok(Response::new(replies))
+    fn silence(&self) -> Duration {
+        Duration::from_millis(self.config.liveness.silence_ms)
+    }
+
+    fn span(&self, headers: &HeaderMap) -> Span {
+        trace::span("deliver", &trace::extract(&MetadataMap::from_headers(headers.clone())), "")
     }
 }

@@ -3,7 +3,6 @@
 use crate::{
     Config, Error, buffers,
     decode::DecodeService,
-    deliveries::HandoffService,
     guard, health, leave,
     load::{self, Loaded, OnStep},
     member::{self, Addresses},
@@ -14,10 +13,9 @@ use crate::{
 };
 use axum::serve::Listener;
 use credentials::Tls;
+use handoff::serve::HandoffServer;
 use membership::Membership;
-use proto::{
-    Dial, decode_server::DecodeServer, handoff_server::HandoffServer, prefill_server::PrefillServer,
-};
+use proto::{Dial, decode_server::DecodeServer, prefill_server::PrefillServer};
 use std::{
     fmt,
     future::Future,
@@ -168,11 +166,11 @@ where
     const MOST: usize = proto::MAX_MESSAGE_BYTES;
     let decode = DecodeServer::new(DecodeService(shared.clone())).max_decoding_message_size(MOST);
     let prefill = PrefillServer::new(PrefillService(shared.clone())).max_decoding_message_size(MOST);
-    let handoff = HandoffServer::new(HandoffService(shared.clone())).max_decoding_message_size(MOST);
+    let handoff = HandoffServer::new(shared.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<DecodeServer<DecodeService>>().await;
     health.set_serving::<PrefillServer<PrefillService>>().await;
-    health.set_serving::<HandoffServer<HandoffService>>().await;
+    health.set_serving::<HandoffServer<Shared>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
         .build_v1()

@@ -27,7 +27,7 @@ impl Core {
             )));
         }
         self.collected = step;
-        self.longest_step = self.longest_step.max(output.elapsed);
+        self.longest_step.add(output.elapsed);
         for (part, entry) in prepared.parts.iter().zip(output.entries) {
             self.settle(part, entry)?;
         }

@@ -117,10 +117,10 @@ impl Device {
 
     fn copy_in(&mut self, block: BlockId, payload: &Payload) -> Result<(), KvError> {
         let first = block as usize * self.block_tokens;
-        for (at, row) in payload.bytes.as_chunks::<ROW_BYTES>().0.iter().enumerate() {
+        for (at, row) in payload.bytes.together().as_chunks::<ROW_BYTES>().0.iter().enumerate() {
             self.rows[first + at] = u64::from_le_bytes(*row);
         }
-        Digest::of(&payload.bytes).expect(payload.digest)
+        Digest::of_parts(payload.bytes.iter()).expect(payload.digest)
     }
 
     /// What would be undefined on a device.

@@ -100,7 +100,7 @@ impl Step<'_> {
 
     fn prefill_lost(&mut self, epoch: u32) {
         self.state.router.life.as_mut().expect("it lives").asked.take_if(|asked| *asked == epoch);
-        self.tell(Event::PrefillLost { epoch, retryable: true });
+        self.tell(Event::PrefillLost { epoch });
     }
 
     pub fn suspect_prefill(&mut self) {

@@ -11,18 +11,18 @@ use handoff::{
     direct::Pool,
     receive::{Inbox, Incoming, Outcome, Plan},
     receiver::Answer,
-    serve, transport,
+    serve::{HandoffServer, Reservations},
+    transport,
 };
 use memory::{LAYOUT, Memory};
 use over::{Copies, Over};
-use proto::{ErrorCode, handoff_server::HandoffServer};
+use proto::ErrorCode;
 use std::{
     sync::{Arc, Mutex, atomic::Ordering::Relaxed},
     time::Duration,
 };
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
+use tonic::metadata::MetadataMap;
 
 const RESERVATION: u64 = 77;
 const WEIGHTS: u64 = 5;
@@ -54,7 +54,7 @@ fn source() -> Arc<Memory> {
 #[derive(Clone, Default)]
 struct Table(Arc<Mutex<Option<Inbox>>>);
 
-impl serve::Reservations for Table {
+impl Reservations for Table {
     fn inbox(&self, reservation: u64) -> Option<Inbox> {
         self.0.lock().unwrap().clone().filter(|_| reservation == RESERVATION)
     }
@@ -62,18 +62,13 @@ impl serve::Reservations for Table {
     fn heartbeat(&self) -> proto::Heartbeat {
         proto::Heartbeat::default()
     }
-}
 
-#[tonic::async_trait]
-impl proto::handoff_server::Handoff for Table {
-    type DeliverStream = ReceiverStream<Result<proto::DeliverReply, Status>>;
+    fn heartbeat_every(&self) -> Duration {
+        Duration::from_millis(50)
+    }
 
-    async fn deliver(
-        &self,
-        request: Request<Streaming<proto::DeliverMessage>>,
-    ) -> Result<Response<Self::DeliverStream>, Status> {
-        let (beat, silence) = (Duration::from_millis(50), Duration::from_secs(5));
-        Ok(Response::new(serve::serve(request.into_inner(), Arc::new(self.clone()), beat, silence)))
+    fn silence(&self) -> Duration {
+        Duration::from_secs(5)
     }
 }
 
@@ -114,7 +109,7 @@ impl Decode {
         let table = Table(Arc::new(Mutex::new(Some(inbox))));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
-        let service = HandoffServer::new(table).max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
+        let service = HandoffServer::new(Arc::new(table));
         tokio::spawn(
             transport::server().add_service(service).serve_with_incoming(transport::incoming(listener)),
         );
@@ -365,6 +360,28 @@ async fn a_reservation_is_given_up_when_its_own_device_does_not_copy() {
     delivery.await.unwrap().0.expect_err("the reservation has ended");
     decode.memory.land();
     unsettled.settle().await;
+}
+
+/// Decode lives and says so: nothing else would end the wait.
+#[tokio::test]
+async fn a_delivery_ends_when_its_own_device_does_not_copy() {
+    let mut decode = Decode::start(Over::Grpc, 0, LONG).await;
+    let source = source();
+    source.slow.lock().unwrap().insert(37);
+    let (beat, silence) = (Duration::from_millis(20), Duration::from_millis(300));
+    let options = Options { heartbeat: beat, silence, ..Options::default() };
+    let channel = transport::channel(&proto::Dial::default(), &decode.address).unwrap();
+    let pulse = Box::new(proto::Heartbeat::default);
+    let delivery =
+        Delivery::open(channel, order(&decode), Over::Grpc.pool(source), pulse, options, MetadataMap::new());
+    let error = tokio::select! {
+        (result, released) = deliver(delivery) => {
+            assert!(!released.contains(&3), "{released:?}");
+            result.expect_err("one block is never read")
+        }
+        outcome = decode.incoming.run() => panic!("{outcome:?}"),
+    };
+    assert!(error.to_string().contains("copied no block"), "{error}");
 }
 
 async fn a_commit_counts_for_its_own_epoch_only(over: Over) {

@@ -100,7 +100,7 @@ impl KvMemory for Memory {
     }
 
     fn write(&self, block: BlockId, rows: u32, payload: Payload, _: StepId) -> Transfer<()> {
-        self.put(block, rows, &payload.bytes);
+        self.put(block, rows, &payload.bytes.together());
         let intact = self.landed(block, rows).and_then(|found| found.expect(payload.digest));
         self.ends(block, intact)
     }

@@ -167,7 +167,7 @@ impl Carrier {
 /// Chunk after chunk, while the delivery goes on; when the last one was there.
 async fn compute(delivery: &mut Delivery, blocks: u32, pace: Pace) -> Result<Instant, Error> {
     for chunk in 0..pace.chunks {
-        let ready = tokio::time::sleep(pace.chunk);
+        let ready = computing(pace.chunk);
         tokio::pin!(ready);
         loop {
             tokio::select! {
@@ -179,6 +179,13 @@ async fn compute(delivery: &mut Delivery, blocks: u32, pace: Pace) -> Result<Ins
         (of(chunk)..of(chunk + 1)).for_each(|index| delivery.computed(index, index, 0));
     }
     Ok(Instant::now())
+}
+
+/// Even a sleep of no length waits for the timer's next millisecond.
+async fn computing(time: Duration) {
+    if !time.is_zero() {
+        tokio::time::sleep(time).await;
+    }
 }
 
 fn commit(blocks: u32) -> proto::Commit {

@@ -2,7 +2,7 @@
 //! real executor, with as many layers as make a block of the size asked for.
 
 use crate::{Error, load};
-use bytes::Bytes;
+use bytes::Buf;
 use handoff::{direct::Direct, nixl};
 use kv::{
     BlockId, Digest, HashedCopy, KvDtype, KvError, KvLayout, KvMemory, Payload, Region, Reply, StepId,
@@ -222,7 +222,7 @@ fn serve(pool: &Pool, commands: &Receiver<Command>, checked: bool) {
 
 fn read(from: &[u8], checked: bool) -> Payload {
     if !checked {
-        return Payload { bytes: Bytes::copy_from_slice(from), digest: Digest(0) };
+        return Payload { bytes: from.to_vec().into(), digest: Digest(0) };
     }
     let (mut copy, mut bytes) = (HashedCopy::default(), Vec::with_capacity(from.len()));
     copy.append(from, &mut bytes);
@@ -231,11 +231,11 @@ fn read(from: &[u8], checked: bool) -> Payload {
 
 fn write(to: &mut [u8], payload: &Payload, checked: bool) -> Result<(), KvError> {
     if !checked {
-        to.copy_from_slice(&payload.bytes);
+        payload.bytes.reader().copy_to_slice(to);
         return Ok(());
     }
     let mut copy = HashedCopy::default();
-    copy.copy(&payload.bytes, to);
+    copy.copy(&mut payload.bytes.reader(), to);
     copy.digest().expect(payload.digest)
 }
 

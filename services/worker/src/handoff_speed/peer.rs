@@ -11,10 +11,10 @@ use handoff::{
     digest::{Binding, bindings},
     direct::Pool,
     receive::{Inbox, Incoming, Outcome, Plan},
-    serve, transport,
+    serve::{HandoffServer, Reservations},
+    transport,
 };
 use kv::KvMemory;
-use proto::handoff_server::{Handoff, HandoffServer};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::File,
@@ -24,8 +24,6 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
 
 pub const RESERVATION: u64 = 1;
 pub const WEIGHTS: u64 = 1;
@@ -98,8 +96,7 @@ impl Peer {
             grpc: format!("http://{}", address(grpc.local_addr())?),
             tcp: address(tcp.local_addr())?,
         })?;
-        let service = HandoffServer::new(table.clone()).max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
-        let server = transport::server().add_service(service);
+        let server = transport::server().add_service(HandoffServer::new(Arc::new(table.clone())));
         tokio::spawn(server.serve_with_incoming(transport::incoming(grpc)));
         Ok(Peer { table, tcp, memories: None })
     }
@@ -192,7 +189,7 @@ impl Table {
     }
 }
 
-impl serve::Reservations for Table {
+impl Reservations for Table {
     fn inbox(&self, _: u64) -> Option<Inbox> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -200,17 +197,12 @@ impl serve::Reservations for Table {
     fn heartbeat(&self) -> proto::Heartbeat {
         proto::Heartbeat::default()
     }
-}
 
-#[tonic::async_trait]
-impl Handoff for Table {
-    type DeliverStream = ReceiverStream<Result<proto::DeliverReply, Status>>;
+    fn heartbeat_every(&self) -> Duration {
+        Duration::from_secs(1)
+    }
 
-    async fn deliver(
-        &self,
-        request: Request<Streaming<proto::DeliverMessage>>,
-    ) -> Result<Response<Self::DeliverStream>, Status> {
-        let beat = Duration::from_secs(1);
-        Ok(Response::new(serve::serve(request.into_inner(), Arc::new(self.clone()), beat, PATIENCE)))
+    fn silence(&self) -> Duration {
+        PATIENCE
     }
 }
