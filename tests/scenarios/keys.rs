@@ -1,6 +1,6 @@
 //! Tenants with keys, in front of a real cluster and through the official client; and what operators need keys and tokens for.
 
-use crate::harness::{Cluster, alone, baton, block_on, root};
+use crate::harness::{Cluster, alone, baton, block_on, http::Client, root};
 use serde_json::Value;
 use std::{fs, path::Path, process::Command};
 use tempfile::TempDir;
@@ -32,7 +32,8 @@ fn keys_and_limits_through_the_openai_client() {
     let file = dir.path().join("keys.toml");
     let (counted, first) = new_key(&["counted", "--requests-per-minute", "3"]);
     let (metered, second) = new_key(&["metered", "--tokens-per-minute", "1000", "--priority-min", "0"]);
-    fs::write(&file, first + &second).unwrap();
+    let (operators, third) = new_key(&["operators", "--admin"]);
+    fs::write(&file, first + &second + &third).unwrap();
     let cluster = Cluster::up(&["--threads", "1", "--gateway-set", &format!("keys.file={}", file.display())]);
     let python = root().join("target/tools/venv/bin/python");
     assert!(python.exists(), "{} is missing: run `make test`, or `bash tests/install`", python.display());
@@ -57,7 +58,13 @@ fn keys_and_limits_through_the_openai_client() {
         let (went, said) = command(&cluster, &["status"], key);
         assert_eq!((went, said.contains("decode-")), (good, good), "{key:?}: {said}");
     }
-    block_on(cluster.assert_idle());
+    block_on(async {
+        for (key, status) in [(&counted, 403), (&operators, 200)] {
+            let client = Client::new(&cluster.url).unwrap().with_bearer(Some(key.clone()));
+            assert_eq!(client.get("/metrics").await.unwrap().0, status, "only operators see the process");
+        }
+        cluster.assert_idle().await;
+    });
 }
 
 #[test]

@@ -72,7 +72,8 @@ async fn health(address: &str, tls: Option<ClientTlsConfig>) -> Result<(), Strin
         endpoint = endpoint.tls_config(tls).map_err(|error| error.to_string())?;
     }
     let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
-    let asked = HealthClient::new(channel).check(HealthCheckRequest::default());
+    let mut client = HealthClient::new(channel);
+    let asked = client.check(HealthCheckRequest::default());
     let answer = timeout(Duration::from_secs(5), asked).await.map_err(|error| error.to_string())?;
     answer.map(drop).map_err(|status| status.to_string())
 }

@@ -115,7 +115,7 @@ impl Connection {
                 ended = poll_fn(|context| connection.poll_without_shutdown(context)) => break ended,
                 _ = self.stopping.wait_for(|stop| *stop), if !asked_to_end => {
                     asked_to_end = true;
-                    Pin::new(&mut connection).graceful_shutdown();
+                    std::pin::Pin::new(&mut connection).graceful_shutdown();
                 }
             }
         };

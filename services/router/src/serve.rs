@@ -328,6 +328,39 @@ mod tests {
         timeout(Duration::from_secs(2), router).await.expect("stops in time").unwrap().unwrap();
     }
 
+    /// A gateway that reads slowly has events outstanding when its request has ended and the router stops.
+    #[tokio::test]
+    async fn the_last_events_get_out() {
+        let (listen, admin) = (free_address().await, free_address().await);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let config = Config { listen, admin, ..fakes::config() };
+        let router = tokio::spawn(run(config, async { drop(stopped.await) }));
+        while TcpStream::connect(admin).await.is_err() {
+            sleep(Duration::from_millis(10)).await;
+        }
+        let members = connect(MembershipConfig::registry(format!("http://{listen}"))).unwrap();
+        let world = Arc::new(World::default());
+        let _prefill = members.join(world.worker("p", Role::Prefill).await);
+        let _decode = members.join(world.worker("d", Role::Decode).await);
+        until("ready", admin, "/ready", "HTTP/1.1 200").await;
+
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{listen}")).unwrap();
+        let channel = endpoint.initial_stream_window_size(64).connect().await.unwrap();
+        let mut client = RouterClient::new(channel);
+        let mut events = client.generate(fakes::request(10, 20)).await.unwrap().into_inner();
+        until("has it ended", admin, "/metrics", "baton_router_running 0").await;
+        sleep(Duration::from_millis(300)).await;
+        stop.send(()).unwrap();
+        sleep(Duration::from_millis(100)).await;
+        let (mut tokens, mut last) = (0, None);
+        while let Some(event) = events.message().await.expect("the stream ends in good order") {
+            tokens += u32::from(matches!(event.event, Some(Event::Token(_))));
+            last = event.event;
+        }
+        assert!(tokens == 20 && matches!(last, Some(Event::Finished(_))), "{tokens} tokens, {last:?}");
+        timeout(Duration::from_secs(2), router).await.expect("stops in time").unwrap().unwrap();
+    }
+
     #[tokio::test]
     async fn a_port_in_use_is_named() {
         let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
