@@ -1,6 +1,8 @@
 //! A cluster of real processes for a test to ask, watch and break.
 
 mod binary;
+#[path = "../../crates/credentials/tests/certificates/mod.rs"]
+pub mod certificates;
 mod cluster;
 mod collector;
 pub mod deployment;
@@ -8,7 +10,7 @@ pub mod deployment;
 pub mod etcd_cluster;
 pub mod golden;
 #[path = "../../services/baton/src/http.rs"]
-mod http;
+pub mod http;
 pub mod load;
 pub mod network;
 mod pool;

@@ -20,6 +20,8 @@ pub struct Metrics {
     pub cached_prompt_tokens: Counter,
     /// Answers that another router went on with.
     pub resumed: Counter,
+    /// Refused by a limit of their key, by tenant and limit (requests, tokens, concurrency).
+    pub limited: Counters,
     endings: Arc<[AtomicU64; 4]>,
 }
 
@@ -49,6 +51,7 @@ impl Metrics {
             cached_prompt_tokens: Counter::default(),
             resumed: Counter::default(),
             endings: Arc::default(),
+            limited: Counters::default(),
         };
         metrics.register(registry);
         metrics
@@ -68,6 +71,12 @@ impl Metrics {
         Endings { answered, refused, left, failed }
     }
 
+    /// Counts a request that a limit of its tenant has refused. Tenants are as many as the operator has named.
+    pub fn count_limited(&self, tenant: &str, limit: &'static str) {
+        let labels = vec![("tenant", tenant.to_owned()), ("limit", limit.to_owned())];
+        self.limited.get_or_create(&labels).inc();
+    }
+
     fn register(&self, registry: &mut Registry) {
         let m = self.clone();
         registry.register("baton_gateway_requests", "Requests ended, by endpoint and HTTP code", m.requests);
@@ -85,6 +94,11 @@ impl Metrics {
         registry.register("baton_request_seconds", "From request to last byte", m.request_seconds);
         registry.register("baton_prompt_tokens", "Prompt tokens of served requests", m.prompt_tokens);
         registry.register("baton_gateway_resumed", "Answers that another router went on with", m.resumed);
+        registry.register(
+            "baton_gateway_limited",
+            "Requests refused by a limit of their API key, by tenant and limit",
+            m.limited,
+        );
         registry.register("baton_completion_tokens", "Tokens generated", m.completion_tokens);
         registry.register(
             "baton_cached_prompt_tokens",

@@ -3,6 +3,7 @@
 //! nothing of what it counts.
 
 pub mod admin;
+pub mod credentials;
 pub mod gateway;
 mod latency;
 mod log;

@@ -15,9 +15,10 @@ mod rdma;
 mod reach;
 mod report;
 
-use crate::status;
+use crate::{status, target::Target};
 use clap::Parser;
 use configs::{Read, Service};
+use credentials::TokenFile;
 use finding::Finding;
 use futures::future::join_all;
 use members::Member;
@@ -49,6 +50,12 @@ pub struct Args {
     /// Address of a gateway: its members, their ports, clocks and connections are checked [default, if nothing else is given: http://127.0.0.1:8000]
     #[arg(long, value_name = "URL")]
     cluster: Option<String>,
+    /// File with the API key, if that gateway asks for one [default: the variable BATON_API_KEY]
+    #[arg(long, value_name = "FILE")]
+    key_file: Option<PathBuf>,
+    /// File with the admin token, if the workers ask for one (`admin_token_file`)
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
     /// Endpoints of etcd, all of them; those that configuration files name are checked too
     #[arg(long, value_name = "URL,URL", value_delimiter = ',')]
     etcd: Vec<String>,
@@ -99,7 +106,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 /// What is looked at.
 struct Subjects {
     files: Vec<Read>,
-    cluster: Option<String>,
+    cluster: Option<Target>,
     /// Etcd clusters, by the way to their members.
     sources: Vec<MembershipConfig>,
     directories: BTreeSet<model::Directory>,
@@ -126,8 +133,16 @@ async fn between(members: &[Member], args: &Args, patience: Duration) -> Vec<Fin
     findings.extend(reach::judge(members, &answers));
     // Whoever does not answer here has been told already.
     let answer = members.iter().zip(&answers).filter(|(_, answer)| answer.answers() && answer.admin.is_ok());
-    let pairs =
-        reach::probe(&answer.map(|(member, _)| member).collect::<Vec<_>>(), args.probe_mib, patience).await;
+    let answering: Vec<&Member> = answer.map(|(member, _)| member).collect();
+    let token = match args.token_file.clone().map(|path| TokenFile::open(path)?.read()).transpose() {
+        Ok(token) => token,
+        Err(why) => {
+            findings
+                .push(Finding::error("pairs", "--token-file", why).remedy("name a file that can be read"));
+            None
+        }
+    };
+    let pairs = reach::probe(&answering, args.probe_mib, token.as_deref(), patience).await;
     let least = reach::Least { gigabytes_per_second: args.least_rate, round_trip_ms: args.most_round_trip };
     let least = if args.probe_mib == 0 { reach::Least { gigabytes_per_second: 0.0, ..least } } else { least };
     findings.extend(reach::judge_pairs(&pairs, least));
@@ -148,7 +163,11 @@ impl Subjects {
         let subjects = Subjects {
             sources: sources(args, &files),
             directories: directories(args, &files),
-            cluster: args.cluster.clone().or(default),
+            cluster: args
+                .cluster
+                .clone()
+                .or(default)
+                .map(|url| Target { url, key_file: args.key_file.clone() }),
             patience: Duration::from_secs_f32(args.timeout),
             files,
         };
@@ -203,9 +222,10 @@ impl Subjects {
     }
 
     async fn of_router(&self) -> Option<Result<(Vec<Member>, Vec<Finding>), Finding>> {
-        let url = self.cluster.as_ref()?;
+        let target = self.cluster.as_ref()?;
+        let url = &target.url;
         let (status, date) = tokio::join!(
-            timeout(self.patience, status::fetch(url)),
+            timeout(self.patience, status::fetch(target)),
             reach::date(url, "/health", self.patience)
         );
         let lost = |why: String| {

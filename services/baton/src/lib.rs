@@ -7,11 +7,13 @@ mod demo;
 mod doctor;
 mod drain;
 mod http;
+mod key;
 mod machine;
 mod plan;
 mod serve;
 mod settings;
 mod status;
+mod target;
 mod trace;
 mod up;
 
@@ -46,6 +48,8 @@ enum Command {
     Plan(plan::Args),
     /// Have a worker leave: it takes nothing new, finishes or passes on what it has, and ends
     Drain(drain::Args),
+    /// Make API keys for gateways that ask for them
+    Key(key::Args),
     /// Measure a running cluster: time to first token, time between tokens, throughput
     Bench(bench::Args),
     /// Measure the model alone, with random weights: time of a step, share of what the GPU could do
@@ -84,6 +88,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Bench(args) => bench::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Key(args) => key::run(args),
         Command::Drain(args) => drain::run(args),
         Command::BenchEngine(args) => bench_engine::run(args),
         Command::BenchHandoff(args) => bench_handoff::run(args),

@@ -25,9 +25,8 @@ default thresholds, and which thresholds would have them follow this plan.";
 #[derive(Parser)]
 #[command(after_help = HELP)]
 pub struct Args {
-    /// Address of the gateway, whose metrics and whose members' are scraped
-    #[arg(long, default_value = "http://127.0.0.1:8000")]
-    url: String,
+    #[command(flatten)]
+    gateway: crate::target::Target,
     /// Admin address of a router, for the wait in its queue; repeatable
     #[arg(long, value_name = "URL")]
     router: Vec<String>,
@@ -112,7 +111,7 @@ impl Args {
                 Measured::new(&window, percentile, None)
             }
             None => {
-                let (window, most) = gather::scraped(&self.url, &self.router, self.window).await?;
+                let (window, most) = gather::scraped(&self.gateway, &self.router, self.window).await?;
                 Measured::new(&window, percentile, most)
             }
         }

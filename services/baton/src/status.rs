@@ -1,6 +1,6 @@
 //! `baton status`: what the router knows of the cluster, as the gateway shows it at `/status`.
 
-use crate::http::Client;
+use crate::target::Target;
 use anyhow::{Context, bail};
 use clap::Parser;
 use serde_json::Value;
@@ -8,9 +8,8 @@ use std::process::ExitCode;
 
 #[derive(Parser)]
 pub struct Args {
-    /// Address of the gateway
-    #[arg(long, default_value = "http://127.0.0.1:8000")]
-    url: String,
+    #[command(flatten)]
+    target: Target,
     /// Print the answer as JSON
     #[arg(long)]
     json: bool,
@@ -18,7 +17,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let status = runtime.block_on(fetch(&args.url))?;
+    let status = runtime.block_on(fetch(&args.target))?;
     match args.json {
         true => println!("{}", serde_json::to_string_pretty(&status)?),
         false => print!("{}", table(&status)),
@@ -26,8 +25,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-pub async fn fetch(url: &str) -> anyhow::Result<Value> {
-    let (status, body) = Client::new(url)?.get("/status").await.context("is the cluster up? (baton up)")?;
+pub async fn fetch(target: &Target) -> anyhow::Result<Value> {
+    let url = &target.url;
+    let (status, body) = target.client()?.get("/status").await.context("is the cluster up? (baton up)")?;
     if !status.is_success() {
         bail!("{url}/status answered {status}: {}", String::from_utf8_lossy(&body).trim());
     }

@@ -1,7 +1,7 @@
 //! The cluster as the gateway needs it: would a request succeed now, and how long may it be.
 
 use proto::{Member, QueueDepth, Role, StatusReply};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 /// What all routers say together.
 pub struct Seen {
@@ -60,6 +60,21 @@ pub fn usable(status: &StatusReply, model: &str) -> Result<u32, String> {
         return Err(unpaired(of(Role::Prefill).count(), of(Role::Decode).count()));
     }
     Ok(members.iter().map(|member| member.max_context).filter(|context| *context > 0).min().unwrap_or(0))
+}
+
+/// The first member of `model` that has read other files of it than this gateway, `own` of them; one that has no tokenizer
+/// says nothing.
+pub fn other_files(status: &StatusReply, model: &str, own: u64, dir: &Path) -> Option<String> {
+    let serves = |member: &&Member| !member.draining && (model.is_empty() || member.model == model);
+    let other = |member: &&Member| ![0, own].contains(&member.files_fingerprint);
+    let member = status.members.iter().filter(serves).find(other)?;
+    Some(format!(
+        "worker {} has other tokenizer, template or configuration files ({:016x}) than this gateway in {} ({own:016x}); \
+         give both the same model directory, or set match_files = false if the difference is meant",
+        member.id,
+        member.files_fingerprint,
+        dir.display()
+    ))
 }
 
 /// Whether KV blocks of one mean the same to the other.
@@ -126,6 +141,23 @@ mod tests {
         assert_eq!((seen.running, seen.queue_limit, seen.members.len()), (8, 15, 1));
         assert_eq!((seen.queue[0].depth, seen.migrations["drained"]), (8, 2));
         assert!(Seen::new(Vec::new(), Vec::new()).is_none());
+    }
+
+    #[test]
+    fn a_member_with_other_files_is_named() {
+        let with = |files, draining| Member {
+            id: format!("w{files}"),
+            files_fingerprint: files,
+            draining,
+            ..member(Role::Both, 1, 0)
+        };
+        let found = |members: &[Member]| other_files(&status(members), "m", 7, Path::new("/model"));
+        assert_eq!(found(&[with(7, false), with(0, false), with(8, true)]), None);
+        let reason = found(&[with(7, false), with(0xab, false)]).unwrap();
+        for part in ["w171", "00000000000000ab", "0000000000000007", "/model"] {
+            assert!(reason.contains(part), "{part}: {reason}");
+        }
+        assert_eq!(found(&[Member { model: "other".into(), ..with(8, false) }]), None);
     }
 
     #[test]

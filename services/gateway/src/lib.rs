@@ -5,9 +5,11 @@ mod answer;
 mod api;
 mod cluster;
 mod config;
+mod connections;
 mod error;
 mod gateway;
 mod history;
+pub mod keys;
 mod model;
 mod observe;
 mod problems;
@@ -15,7 +17,7 @@ mod record;
 mod server;
 mod text;
 
-pub use config::{Config, Limits, Stream, Timeouts};
+pub use config::{Config, Keys, Limits, Stream, Timeouts};
 pub use error::Error;
 pub use server::{Server, run};
 

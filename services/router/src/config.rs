@@ -1,5 +1,6 @@
 //! The router's configuration: one TOML file, read once at start. Durations are milliseconds.
 
+use credentials::TlsConfig;
 use membership::EtcdTls;
 use proto::Role;
 use serde::Deserialize;
@@ -17,6 +18,8 @@ pub struct Config {
     pub etcd: Vec<String>,
     /// For endpoints on https: PEM files `ca`, and `cert` and `key` if etcd asks for a client certificate.
     pub etcd_tls: Option<EtcdTls>,
+    /// Secures the connections to gateways and workers, in both directions; all services must agree.
+    pub tls: Option<TlsConfig>,
     /// Name of this cluster among others in the same etcd.
     pub prefix: String,
     /// Silence after which a member is gone.
@@ -116,6 +119,7 @@ impl Default for Config {
             admin: SocketAddr::from(([127, 0, 0, 1], 7701)),
             etcd: Vec::new(),
             etcd_tls: None,
+            tls: None,
             prefix: "baton".into(),
             lease_ms: 5_000,
             drain_ms: 5_000,

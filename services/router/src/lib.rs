@@ -35,6 +35,8 @@ pub enum Error {
     #[error("router configuration: {0}")]
     Config(String),
     #[error("router: {0}")]
+    Tls(#[from] credentials::Error),
+    #[error("router: {0}")]
     Membership(#[from] membership::Error),
     #[error(
         "router: cannot listen on {address}: {source}; choose another address, or port 0 for any free one"

@@ -10,6 +10,7 @@ mod convert;
 mod decode;
 mod deliveries;
 mod error;
+mod guard;
 pub mod handoff_speed;
 mod health;
 mod leave;

@@ -58,7 +58,7 @@ fn simulate(config: &Config, on_step: OnStep) -> Result<Loaded, Error> {
     let options = simulated::options(config)?;
     let weights_fingerprint = simulated::weights_fingerprint(&options, config.seed);
     let engine = engine::spawn(SimExecutor::new(options), engine_config(config, on_step));
-    Ok(loaded(config, engine, weights_fingerprint, &directory_name(&config.model)))
+    loaded(config, engine, weights_fingerprint, &directory_name(&config.model))
 }
 
 /// Measures the model on the backend that the options name.
@@ -128,15 +128,21 @@ fn launch<B: Backend>(config: &Config, backend: B, kv: KvSize, on_step: OnStep) 
     let model = runner.model().clone();
     let executor = ModelExecutor::new(runner, config.debug.fail_step).map_err(Error::Thread)?;
     let engine = engine::spawn(executor, engine_config(config, on_step));
-    Ok(loaded(config, engine, model.weights_fingerprint, &model.name))
+    loaded(config, engine, model.weights_fingerprint, &model.name)
 }
 
 /// `name`: under which the model is served, if the configuration gives none.
-pub fn loaded(config: &Config, engine: EngineHandle, weights_fingerprint: u64, name: &str) -> Loaded {
+pub fn loaded(
+    config: &Config,
+    engine: EngineHandle,
+    weights_fingerprint: u64,
+    name: &str,
+) -> Result<Loaded, Error> {
     let limits = engine.limits();
     let bounds = Bounds { vocab_size: limits.vocab_size, max_context: limits.max_context };
     let model = config.served_model_name.clone().unwrap_or_else(|| name.to_owned());
-    Loaded { engine, identity: Identity { weights_fingerprint, bounds }, model }
+    let files_fingerprint = proto::files_fingerprint(&config.model).map_err(Error::Files)?;
+    Ok(Loaded { engine, identity: Identity { weights_fingerprint, files_fingerprint, bounds }, model })
 }
 
 fn directory_name(path: &Path) -> String {

@@ -33,6 +33,7 @@ pub fn record(shared: &Shared, addresses: &Addresses, model: &str) -> Member {
         pid: std::process::id(),
         max_sequences: config.max_sequences,
         backend: config.backend.clone(),
+        files_fingerprint: shared.files_fingerprint,
     }
 }
 

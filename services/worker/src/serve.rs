@@ -3,7 +3,7 @@
 use crate::{
     Config, Error, buffers,
     decode::DecodeService,
-    health, leave,
+    guard, health, leave,
     load::{self, Loaded, OnStep},
     member::{self, Addresses},
     metrics::Metrics,
@@ -13,6 +13,7 @@ use crate::{
     shared::Shared,
 };
 use axum::serve::Listener;
+use credentials::Tls;
 use handoff::serve::HandoffServer;
 use membership::Membership;
 use proto::{Dial, decode_server::DecodeServer, prefill_server::PrefillServer, reach_server::ReachServer};
@@ -42,11 +43,17 @@ const CLOSE: Duration = Duration::from_millis(500);
 pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
     config.check()?;
     buffers::keep();
-    let membership = membership::connect(config.membership.clone())?;
+    let credentials = credentials::Metrics::default();
+    let tls = config.tls.as_ref().map(|tls| Tls::open(tls, credentials.clone())).transpose()?;
+    let dial = tls.as_ref().map_or_else(Dial::default, Tls::dial);
+    let membership = membership::connect_by(config.membership.clone(), dial.clone())?;
     let Listeners { grpc, admin, addresses } = Listeners::bind(&config).await?;
     addresses.announce();
-    let place = Place { addresses, membership, dial: Dial::default() };
-    serve(config, place, handoff::transport::incoming(grpc), admin, load::load, shutdown).await
+    let place = Place { addresses, membership, dial, credentials };
+    match tls {
+        Some(tls) => serve(config, place, tls.incoming(grpc), admin, load::load, shutdown).await,
+        None => serve(config, place, handoff::transport::incoming(grpc), admin, load::load, shutdown).await,
+    }
 }
 
 /// Where a worker stands among others.
@@ -56,6 +63,8 @@ pub struct Place {
     pub membership: Arc<dyn Membership>,
     /// How it reaches others.
     pub dial: Dial,
+    /// What happens to what it shows others, and they show it.
+    pub credentials: credentials::Metrics,
 }
 
 /// The same on ports that are there already, with the engine that `load` starts.
@@ -80,10 +89,10 @@ where
     let (ready, readiness) = watch::channel(Readiness::not("loading the model"));
     let (current, pool) = watch::channel(None);
     let asked = CancellationToken::new();
-    let routes = pool::router(pool.clone())
-        .merge(probe::router(pool))
-        .merge(leave::router(asked.clone()))
-        .merge(phase::routes());
+    let Place { addresses, membership, dial, credentials } = place;
+    credentials.register(&mut registry);
+    let changing = leave::router(asked.clone()).merge(phase::routes()).merge(probe::router(pool.clone()));
+    let routes = pool::router(pool).merge(guard::guard(changing, config.admin_token_file.clone())?);
     let admin = Server::spawn(|stop| admin::serve(admin, registry, readiness, routes, stop));
     let shutdown = async {
         tokio::select! {
@@ -103,7 +112,6 @@ where
             return Ok(());
         }
     };
-    let Place { addresses, membership, dial } = place;
     let shared = Arc::new(Shared::new(id, config, dial, engine, identity, (metrics, spans))?);
     shared.metrics.loaded(&shared.load());
     current.send_replace(Some(shared.clone()));
@@ -125,12 +133,12 @@ impl Listeners {
     async fn bind(config: &Config) -> Result<Self, Error> {
         let (grpc, grpc_at) = bind(config.listen).await?;
         let (admin, admin_at) = bind(config.admin).await?;
-        let advertised = |advertise: &Option<String>, at: SocketAddr| {
-            advertise.clone().unwrap_or_else(|| format!("http://{at}"))
+        let advertised = |advertise: &Option<String>, scheme: &str, at: SocketAddr| {
+            advertise.clone().unwrap_or_else(|| format!("{scheme}://{at}"))
         };
         let addresses = Addresses {
-            grpc: advertised(&config.advertise, grpc_at),
-            admin: advertised(&config.advertise_admin, admin_at),
+            grpc: advertised(&config.advertise, config.scheme(), grpc_at),
+            admin: advertised(&config.advertise_admin, "http", admin_at),
         };
         Ok(Listeners { grpc, admin, addresses })
     }

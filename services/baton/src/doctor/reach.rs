@@ -13,7 +13,10 @@ use http_body_util::BodyExt;
 use hyper::{Method, StatusCode, header::DATE};
 use serde::Deserialize;
 use std::time::{Duration, SystemTime};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep, timeout},
+};
 use tonic::transport::Endpoint;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -51,6 +54,9 @@ async fn ask(member: &Member, patience: Duration) -> Answer {
 
 /// The standard health check of all services of a gRPC port; the second one, on a connection that stands, is timed.
 pub async fn health(address: &str, patience: Duration) -> Result<(Duration, bool), String> {
+    if let Some(secured) = address.strip_prefix("https://") {
+        return opens(secured, patience).await;
+    }
     let asking = async {
         let endpoint = Endpoint::from_shared(address.to_owned()).map_err(|error| error.to_string())?;
         let channel = endpoint.connect().await.map_err(|error| cause(&error))?;
@@ -67,6 +73,16 @@ pub async fn health(address: &str, patience: Duration) -> Result<(Duration, bool
     timeout(patience, asking)
         .await
         .unwrap_or_else(|_| Err(format!("no answer within {} s", patience.as_secs_f32())))
+}
+
+/// A port that asks for a certificate takes a connection, which is all that can be seen without one.
+async fn opens(address: &str, patience: Duration) -> Result<(Duration, bool), String> {
+    let began = Instant::now();
+    match timeout(patience, TcpStream::connect(address)).await {
+        Ok(Ok(_)) => Ok((began.elapsed(), true)),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("no answer within {} s", patience.as_secs_f32())),
+    }
 }
 
 fn cause(error: &dyn std::error::Error) -> String {
@@ -108,7 +124,8 @@ fn one(member: &Member, answer: &Answer) -> Vec<Finding> {
     let clock = |skew: &Option<Skew>| clock::judge(&member.id, *skew);
     match (&answer.grpc, &answer.admin) {
         (Ok((took, true)), Ok(skew)) => {
-            let found = format!("serves on {address}, {:.1} ms", took.as_secs_f64() * 1e3);
+            let says = if address.starts_with("https:") { "takes connections" } else { "serves" };
+            let found = format!("{says} on {address}, {:.1} ms", took.as_secs_f64() * 1e3);
             vec![Finding::ok(REACH, &member.id, found), clock(skew)]
         }
         (Ok((_, false)), Ok(skew)) => vec![stuck(member), clock(skew)],
@@ -154,7 +171,8 @@ pub struct Probed {
 pub struct Pair<'a> {
     pub prefill: &'a Member,
     pub decode: &'a Member,
-    pub probed: Result<Probed, String>,
+    /// `None`: the prefill worker asks for its admin token.
+    pub probed: Result<Option<Probed>, String>,
 }
 
 /// What a connection between workers must reach.
@@ -165,15 +183,23 @@ pub struct Least {
 }
 
 /// In rounds in which no member is in two pairs, so that probes do not slow each other down.
-pub async fn probe<'a>(members: &[&'a Member], mib: u32, patience: Duration) -> Vec<Pair<'a>> {
+pub async fn probe<'a>(
+    members: &[&'a Member],
+    mib: u32,
+    token: Option<&str>,
+    patience: Duration,
+) -> Vec<Pair<'a>> {
     let prefill: Vec<&Member> = members.iter().copied().filter(|member| member.role == "prefill").collect();
     let decode: Vec<&Member> = members.iter().copied().filter(|member| member.role == "decode").collect();
     let mut pairs = Vec::new();
     for round in rounds(prefill.len(), decode.len()) {
-        let probes = round.into_iter().map(|(p, d)| {
-            let (prefill, decode) = (prefill[p], decode[d]);
-            async move { Pair { prefill, decode, probed: ask_for(prefill, decode, mib, patience).await } }
-        });
+        let probes =
+            round.into_iter().map(|(p, d)| {
+                let (prefill, decode) = (prefill[p], decode[d]);
+                async move {
+                    Pair { prefill, decode, probed: ask_for(prefill, decode, mib, token, patience).await }
+                }
+            });
         pairs.extend(futures::future::join_all(probes).await);
         if pairs.len() >= MOST_PAIRS {
             break;
@@ -191,8 +217,15 @@ fn rounds(prefill: usize, decode: usize) -> impl Iterator<Item = Vec<(usize, usi
 }
 
 /// One question at a time is answered: what is refused as busy is asked again.
-async fn ask_for(prefill: &Member, decode: &Member, mib: u32, patience: Duration) -> Result<Probed, String> {
+async fn ask_for(
+    prefill: &Member,
+    decode: &Member,
+    mib: u32,
+    token: Option<&str>,
+    patience: Duration,
+) -> Result<Option<Probed>, String> {
     let client = Client::new(&prefill.admin).map_err(|error| format!("{error:#}"))?;
+    let client = client.with_bearer(token.map(str::to_owned));
     let path = format!("/probe?to={}&mib={mib}", decode.address);
     let asking = async {
         loop {
@@ -202,7 +235,10 @@ async fn ask_for(prefill: &Member, decode: &Member, mib: u32, patience: Duration
             let body = response.into_body().collect().await.map_err(|error| error.to_string())?.to_bytes();
             match status {
                 StatusCode::TOO_MANY_REQUESTS => sleep(Duration::from_millis(100)).await,
-                StatusCode::OK => return serde_json::from_slice(&body).map_err(|error| error.to_string()),
+                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => return Ok(None),
+                StatusCode::OK => {
+                    return serde_json::from_slice(&body).map(Some).map_err(|error| error.to_string());
+                }
                 _ => return Err(error_in(status, &body)),
             }
         }
@@ -225,7 +261,11 @@ pub fn judge_pairs(pairs: &[Pair<'_>], least: Least) -> Vec<Finding> {
 fn judge_pair(Pair { prefill, decode, probed }: &Pair<'_>, least: Least) -> Finding {
     let subject = format!("{} -> {}", prefill.id, decode.id);
     let probed = match probed {
-        Ok(probed) => probed,
+        Ok(Some(probed)) => probed,
+        Ok(None) => {
+            let why = "the prefill worker probes only for who has its admin token; give it with --token-file";
+            return Finding::not_checked(PAIRS, subject, why);
+        }
         Err(why) => {
             return Finding::error(PAIRS, subject, format!("does not get through: {why}"))
                 .expected(format!("prefill workers reach {}", decode.address))
@@ -314,7 +354,7 @@ mod tests {
             (probed("d2", 1.0, 0.3), Severity::Error),
             (Err("refused".to_owned()), Severity::Error),
         ] {
-            let pair = Pair { prefill: &prefill, decode: &decode, probed };
+            let pair = Pair { prefill: &prefill, decode: &decode, probed: probed.map(Some) };
             assert_eq!(judge_pair(&pair, least).severity, severity, "{:?}", pair.probed);
         }
     }

@@ -1,7 +1,7 @@
 //! Where the numbers come from: the services' own `/metrics`, scraped over a while, or a Prometheus that has done so.
 
 use super::series::{Series, Window};
-use crate::{http::Client, status};
+use crate::{http::Client, status, target::Target};
 use anyhow::{Context, bail};
 use futures::future::join_all;
 use serde::Deserialize;
@@ -19,7 +19,7 @@ const NAMES: &str = "baton_gateway_requests_total|baton_gateway_in_flight|baton_
 
 /// And the most sequences of a decode worker's batch, if that is known.
 pub async fn scraped(
-    gateway: &str,
+    gateway: &Target,
     routers: &[String],
     over: Duration,
 ) -> anyhow::Result<(Window, Option<u32>)> {
@@ -27,14 +27,14 @@ pub async fn scraped(
     let members = status["members"].as_array().map(Vec::as_slice).unwrap_or_default();
     let admin = members.iter().filter_map(|member| member["admin"].as_str().map(str::to_owned));
     let targets: Vec<String> =
-        std::iter::once(gateway.to_owned()).chain(routers.iter().cloned()).chain(admin).collect();
+        std::iter::once(gateway.url.clone()).chain(routers.iter().cloned()).chain(admin).collect();
     let mut window = Window::default();
     let began = Instant::now();
     for turn in 0..=SCRAPES {
         sleep(((over / SCRAPES) * turn).saturating_sub(began.elapsed())).await;
         let time = began.elapsed().as_secs_f64();
-        for (target, text) in targets.iter().zip(join_all(targets.iter().map(|target| metrics(target))).await)
-        {
+        let scrapes = targets.iter().map(|target| metrics(target, gateway));
+        for (target, text) in targets.iter().zip(join_all(scrapes).await) {
             window.add(time, target, &text?);
         }
     }
@@ -46,8 +46,8 @@ fn most_sequences(members: &[Value]) -> Option<u32> {
     decode.filter_map(|member| member["max_sequences"].as_u64()).min().and_then(|most| most.try_into().ok())
 }
 
-async fn metrics(target: &str) -> anyhow::Result<String> {
-    let client = Client::new(target)?;
+async fn metrics(target: &str, gateway: &Target) -> anyhow::Result<String> {
+    let client = if target == gateway.url { gateway.client()? } else { Client::new(target)? };
     let (status, body) = timeout(PATIENCE, client.get("/metrics"))
         .await
         .with_context(|| format!("{target}/metrics did not answer within {PATIENCE:?}"))??;

@@ -1,13 +1,15 @@
 //! The HTTP surface: routes, and what every answer carries.
 
+mod access;
 mod body;
 mod chat;
 mod completions;
 mod dashboard;
+mod head;
 mod identity;
 mod logprobs;
 mod models;
-mod reply;
+pub mod reply;
 mod serve;
 mod shape;
 mod status;
@@ -33,9 +35,11 @@ pub fn public(gateway: Arc<Gateway>, registry: Arc<Registry>) -> Router {
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .with_state(gateway.clone())
-        .merge(admin(gateway, registry))
+        .merge(admin(gateway.clone(), registry))
         .fallback(unknown_url)
         .method_not_allowed_fallback(wrong_method)
+        .layer(middleware::from_fn_with_state(gateway.clone(), access::check))
+        .layer(middleware::from_fn_with_state(gateway, head::check))
         .layer(middleware::from_fn(identity::identify))
 }
 

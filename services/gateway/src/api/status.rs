@@ -106,6 +106,7 @@ fn told(member: &Member, state: &str) -> Value {
         "backend": member.backend,
         "version": member.version,
         "weights": format!("{:016x}", member.weights_fingerprint),
+        "files": format!("{:016x}", member.files_fingerprint),
         "layout": format!("{:016x}", member.layout_fingerprint),
         "block_tokens": member.block_tokens,
         "max_context": member.max_context,
