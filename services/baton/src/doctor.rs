@@ -125,9 +125,9 @@ async fn between(members: &[Member], args: &Args, patience: Duration) -> Vec<Fin
     let answers = reach::gather(members, patience).await;
     findings.extend(reach::judge(members, &answers));
     // Whoever does not answer here has been told already.
-    let answer = members.iter().zip(&answers).filter(|(_, answer)| answer.answers() && answer.admin.is_ok());
-    let pairs =
-        reach::probe(&answer.map(|(member, _)| member).collect::<Vec<_>>(), args.probe_mib, patience).await;
+    let able = members.iter().zip(&answers).filter(|(member, answer)| answer.can_be_probed(member));
+    let able: Vec<&Member> = able.map(|(member, _)| member).collect();
+    let pairs = reach::probe(&able, args.probe_mib, patience).await;
     let least = reach::Least { gigabytes_per_second: args.least_rate, round_trip_ms: args.most_round_trip };
     let least = if args.probe_mib == 0 { reach::Least { gigabytes_per_second: 0.0, ..least } } else { least };
     findings.extend(reach::judge_pairs(&pairs, least));
@@ -223,10 +223,10 @@ impl Subjects {
             Err(error) => return Some(Err(lost(format!("/status cannot be read: {error}")))),
         };
         let clock = clock::judge("gateway", date.ok().flatten());
-        Some(Ok((
-            members,
-            vec![Finding::ok("reach", url, "the gateway answers, and so does a router"), clock],
-        )))
+        let mut findings =
+            vec![Finding::ok("reach", url, "the gateway answers, and so does a router"), clock];
+        findings.extend(members::silent_routers(&status));
+        Some(Ok((members, findings)))
     }
 
     async fn of_etcd(&self) -> Option<Vec<Member>> {
