@@ -132,8 +132,8 @@ async fn between(members: &[Member], args: &Args, patience: Duration) -> Vec<Fin
     let answers = reach::gather(members, patience).await;
     findings.extend(reach::judge(members, &answers));
     // Whoever does not answer here has been told already.
-    let answer = members.iter().zip(&answers).filter(|(_, answer)| answer.answers() && answer.admin.is_ok());
-    let answering: Vec<&Member> = answer.map(|(member, _)| member).collect();
+    let able = members.iter().zip(&answers).filter(|(member, answer)| answer.can_be_probed(member));
+    let able: Vec<&Member> = able.map(|(member, _)| member).collect();
     let token = match args.token_file.clone().map(|path| TokenFile::open(path)?.read()).transpose() {
         Ok(token) => token,
         Err(why) => {
@@ -142,7 +142,7 @@ async fn between(members: &[Member], args: &Args, patience: Duration) -> Vec<Fin
             None
         }
     };
-    let pairs = reach::probe(&answering, args.probe_mib, token.as_deref(), patience).await;
+    let pairs = reach::probe(&able, args.probe_mib, token.as_deref(), patience).await;
     let least = reach::Least { gigabytes_per_second: args.least_rate, round_trip_ms: args.most_round_trip };
     let least = if args.probe_mib == 0 { reach::Least { gigabytes_per_second: 0.0, ..least } } else { least };
     findings.extend(reach::judge_pairs(&pairs, least));
@@ -243,10 +243,10 @@ impl Subjects {
             Err(error) => return Some(Err(lost(format!("/status cannot be read: {error}")))),
         };
         let clock = clock::judge("gateway", date.ok().flatten());
-        Some(Ok((
-            members,
-            vec![Finding::ok("reach", url, "the gateway answers, and so does a router"), clock],
-        )))
+        let mut findings =
+            vec![Finding::ok("reach", url, "the gateway answers, and so does a router"), clock];
+        findings.extend(members::silent_routers(&status));
+        Some(Ok((members, findings)))
     }
 
     async fn of_etcd(&self) -> Option<Vec<Member>> {

@@ -37,8 +37,9 @@ pub struct Answer {
 }
 
 impl Answer {
-    pub fn answers(&self) -> bool {
-        self.grpc.is_ok()
+    /// A decode worker is reached by gRPC, a prefill worker is asked on its admin port.
+    pub fn can_be_probed(&self, member: &Member) -> bool {
+        self.grpc.is_ok() && (member.role == "decode" || self.admin.is_ok())
     }
 }
 

@@ -114,11 +114,12 @@ fn decode(measured: &Measured, target: Target, caveats: &mut Vec<String>) -> Poo
     };
     let spread = latency_over_step(measured, &curve);
     let at = curve.operating(target.itl / spread);
-    caveats.extend(doubts(&curve, &at, target));
     // The first token of a request is prefill's.
     let tokens = pool.tokens.max(measured.requests * (measured.completion_tokens - 1.0).max(0.0));
     let each = at.batch / at.seconds;
     let computed = workers(tokens / (each * HEADROOM));
+    // Of one worker there cannot be fewer.
+    caveats.extend(doubts(&curve, &at, target).filter(|_| computed > 1 || !at.at_edge));
     // Where no larger batch was seen, the workers there are have proved at least that they are enough.
     let proved = at.at_edge && tokens <= SERVED * pool.tokens;
     let mut bounds = vec![Bound::new(
@@ -294,7 +295,7 @@ mod tests {
         );
         let far = super::plan(&measured(), Target { itl: 0.07, ..TARGET });
         assert!(far.caveats.len() == 1 && far.caveats[0].contains("extrapolated"), "{far:#?}");
-        let edge = super::plan(&measured(), Target { itl: 1.0, ..TARGET });
+        let edge = super::plan(&Measured { requests: 40.0, ..measured() }, Target { itl: 1.0, ..TARGET });
         assert!(edge.caveats.len() == 1 && edge.caveats[0].contains("plan under more load"), "{edge:#?}");
     }
 

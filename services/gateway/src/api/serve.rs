@@ -62,10 +62,8 @@ pub async fn serve<S: Shape>(
     let mut response = served.unwrap_or_else(|error| {
         observation.end(error.code.status());
         tracing::debug!(request_id = %observation.request_id, %error, param = error.param, "refused");
-        if let Some(caller) = &caller {
-            if error.code.status() == 429 {
-                gateway.metrics.count_limited(&caller.tenant, error.code.kind());
-            }
+        if let (Some(caller), 429) = (&caller, error.code.status()) {
+            gateway.metrics.count_limited(&caller.tenant, error.code.kind());
         }
         reply::error(&error)
     });
