@@ -12,6 +12,7 @@ mod membership;
 mod mutual_tls;
 mod observe;
 mod plan;
+mod readme;
 mod split;
 mod trace;
 mod up;
