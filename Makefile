@@ -1,5 +1,5 @@
 # The commands a newcomer and CI need. `make` alone lists them.
-.PHONY: help up build cuda test test-chart test-images test-rdma lint bench simulate proof-split proof-faults proof-model proof-scale clean
+.PHONY: help up build cuda test test-chart test-images test-rdma lint bench simulate proof-split proof-faults proof-model proof-scale proof-rdma clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,12 @@ proof-model: ## model check the hand-off at larger bounds (minutes, about 1 GB)
 
 proof-scale: ## containers under load: decode 2 -> 4 -> 1, prefill 2 -> 0 -> 2, no request lost
 	tests/contained tests/scale.py $(or $(RESULT),target/scale.json)
+
+proof-rdma: ## the hand-off over verbs: protocol, bench and answers in a virtual machine with soft-RoCE (root; a quarter of an hour)
+	bash tests/install nixl && bash tests/install guest
+	tests/nixl cargo build --release --locked -p baton --features rdma
+	tests/nixl cargo test --release --locked -p handoff --features rdma --test wire --no-run
+	tests/nixl python3 tests/rdma.py target/release/baton "$$(ls -t target/release/deps/wire-* | grep -v '\.' | head -n 1)" $(or $(RESULT),target/rdma.json)
 
 clean: ## remove what was built
 	cargo clean

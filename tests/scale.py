@@ -1,5 +1,5 @@
 """Scaling that loses nothing: the containers of deploy/compose.yaml under load, decode 2 -> 4 -> 1 and prefill 2 -> 0 -> 2. Every request
-must end with the exact answer; the figures go to a file, by phase.
+must end with the exact answer; the figures go to a file, by phase. Then two tenants, one of whom floods: what the other one sees of it.
 
     tests/contained tests/scale.py RESULT.json
 """
@@ -8,16 +8,19 @@ import datetime
 import http.client
 import json
 import os
+import re
 import statistics
+import subprocess
 import sys
 import threading
 import time
 
-from containers import BATON, ROOT, URL, Engine, get, until
+from containers import BATON, PREBUILT, ROOT, URL, Engine, get, until
 
 CLIENTS = 8
 STEADY = 15
 EMPTY = 10
+TENANT = 40
 STEADY_PHASE = "steady, 2 prefill and 2 decode"
 
 
@@ -25,11 +28,12 @@ class Load:
     """Clients that ask one question after the other, streaming, and never try again. Three of four have a golden answer; the fourth is asked
     for 300 tokens whatever it says, and must say what it said the first time: on CPUs an answer does not depend on who computes it."""
 
-    def __init__(self, phase):
+    def __init__(self, phase, clients=CLIENTS, key=None, port=8000, flood=False):
         self.golden = [json.loads(line) for line in (ROOT / "deploy/demo/golden.jsonl").read_text().splitlines()]
+        self.key, self.port, self.flood = key, port, flood
         self.phase, self.records, self.stopping, self.turn, self.long = phase, [], False, iter(range(10**9)), {}
         self.lock = threading.Lock()
-        self.threads = [threading.Thread(target=self.client) for _ in range(CLIENTS)]
+        self.threads = [threading.Thread(target=self.client) for _ in range(clients)]
         for thread in self.threads:
             thread.start()
 
@@ -37,7 +41,7 @@ class Load:
         while not self.stopping:
             with self.lock:
                 number = next(self.turn)
-            long = number % 4 == 3
+            long = self.flood or number % 4 == 3 and not self.key
             question, answer = self.question(number, long)
             began, phase = time.monotonic(), self.phase
             first, said, problem = self.ask(question, began, {"max_tokens": 300, "ignore_eos": True} if long else {})
@@ -57,9 +61,13 @@ class Load:
         body = {"model": "baton-demo", "messages": [{"role": "user", "content": question}], "temperature": 0, "stream": True, **fields}
         first, said = None, ""
         try:
-            connection = http.client.HTTPConnection("127.0.0.1", 8000, timeout=120)
-            connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+            headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {self.key}"} if self.key else {})
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
             answer = connection.getresponse()
+            if answer.status == 429 and self.flood:
+                time.sleep(0.05)
+                return first, said, "refused by a limit"
             if answer.status != 200:
                 return first, said, f"{answer.status}: {answer.read().decode()}"
             for line in answer:
@@ -138,6 +146,49 @@ def empty(engine, load, notes):
     time.sleep(STEADY)
 
 
+def keyed_gateway(engine):
+    """One more gateway, which asks for keys: one for each of two tenants, of whom the second has limits."""
+    limits = {"steady": [], "flood": ["--tokens-per-minute", "100000", "--concurrency", "2"]}
+    made = {name: subprocess.run([PREBUILT, "key", "new", name, *flags], capture_output=True, text=True, check=True) for name, flags in limits.items()}
+    keys = {name: re.search(r"sk-\S+", done.stderr).group() for name, done in made.items()}
+    folder = engine.folder / "keys"
+    folder.mkdir()
+    (folder / "keys.toml").write_text("\n".join(done.stdout for done in made.values()))
+    first = engine.inspect(engine.container("gateway"))
+    flags = ["--read-only", "--cap-drop=ALL", "--network=baton_default", "--name=baton_gateway-keys_1", "-p", "127.0.0.1:8001:8000", "-v", f"{folder}:/keys:ro"]
+    engine.docker("run", "-d", *flags, BATON, *first["Config"]["Cmd"], "--set", "keys.file=/keys/keys.toml")
+    until("the gateway with keys", lambda: get("http://127.0.0.1:8001/ready")[0] == 200)
+    return keys
+
+
+def tenants(engine):
+    """One tenant asks, one question after the other; then another one floods beside it, with sixteen clients that ask again when they are refused."""
+    keys = keyed_gateway(engine)
+    def asked(phase):
+        load = Load(phase, clients=1, key=keys["steady"], port=8001)
+        time.sleep(TENANT)
+        load.stop()
+        return load.records
+    asked("warm")
+    alone = asked("alone")
+    flood = Load("flood", clients=16, key=keys["flood"], port=8001, flood=True)
+    beside = asked("beside a flood")
+    flood.stop()
+    refused = sum(record["problem"] == "refused by a limit" for record in flood.records)
+    wrong = [record for record in alone + beside + flood.records if record["problem"] not in (None, "refused by a limit")]
+    figures = {phase: quantiles(records) for phase, records in (("alone", alone), ("beside_a_flood", beside))}
+    figures |= {"flood_asked": len(flood.records), "flood_refused": refused, "wrong": len(wrong)}
+    figures["ttft_p99_ratio"] = round(figures["beside_a_flood"]["ttft_p99_ms"] / figures["alone"]["ttft_p99_ms"], 2)
+    for record in wrong[:5]:
+        print("lost or wrong:", record)
+    return figures
+
+
+def quantiles(records):
+    firsts = sorted(record["first"] for record in records if record["first"])
+    return {"requests": len(records)} | {f"ttft_p{percent}_ms": round(firsts[int(len(firsts) * percent / 100)] * 1000, 1) for percent in (50, 99)}
+
+
 def summary(records, notes):
     phases = {}
     for phase in dict.fromkeys(record["phase"] for record in records):
@@ -167,14 +218,19 @@ def main():
             empty(engine, load, notes)
         finally:
             load.stop()
+        for name in ("decode-1", "decode-2"):
+            worker(engine, name)
+        until("two decode workers and more", lambda: len(members("decode")) >= 2)
+        two_tenants = tenants(engine)
+        print(f"two tenants: {two_tenants}", flush=True)
     phases = summary(load.records, notes)
-    result = {"date": datetime.date.today().isoformat(), "clients": CLIENTS, "machine_load_before": round(busy, 1), "phases": phases}
+    result = {"date": datetime.date.today().isoformat(), "clients": CLIENTS, "machine_load_before": round(busy, 1), "phases": phases, "tenants": two_tenants}
     if sys.argv[1:]:
         (ROOT / sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     for record in [record for record in load.records if record["problem"]][:10]:
         print("lost or wrong:", record)
-    lost = sum(phase["lost_or_wrong"] for phase in phases.values())
+    lost = sum(phase["lost_or_wrong"] for phase in phases.values()) + two_tenants["wrong"]
     print(f"{sum(phase['requests'] for phase in phases.values()) - lost} passed, {lost} failed")
     sys.exit(bool(lost))
 

@@ -49,6 +49,8 @@
     "served_model_name" (list .Values.model.name)
     "timeouts" (dict "drain_ms" (mul 1000 .Values.gateway.drainSeconds)) -}}
 {{- include "baton.setTraces" (dict "root" . "own" $own) -}}
+{{- with .Values.gateway.keys }}{{ if .secret }}{{ $_ := set $own "keys" (dict "file" (printf "/etc/baton-keys/%s" .file)) }}{{ end }}{{ end -}}
+{{- with include "baton.tls" . }}{{ $_ := set $own "tls" (fromJson .) }}{{ end -}}
 {{- include "baton.toml" (mergeOverwrite $own (deepCopy .Values.gateway.config)) -}}
 {{- end -}}
 
@@ -62,6 +64,8 @@
 {{- if ne .Values.etcd.mode "none" }}{{ $_ := set $own "etcd" (include "baton.etcdEndpoints" . | fromJsonArray) }}{{ end -}}
 {{- with include "baton.etcdTls" . }}{{ $_ := set $own "etcd_tls" (fromJson .) }}{{ end -}}
 {{- include "baton.setTraces" (dict "root" . "own" $own) -}}
+{{- $_ := set $own "pools" (include "baton.desired" . | fromJson) -}}
+{{- with include "baton.tls" . }}{{ $_ := set $own "tls" (fromJson .) }}{{ end -}}
 {{- include "baton.toml" (mergeOverwrite $own (deepCopy .Values.router.config)) -}}
 {{- end -}}
 
@@ -85,6 +89,8 @@
     "drain_ms" (mul 1000 .pool.drainSeconds)
     "membership" $membership -}}
 {{- include "baton.setTraces" (dict "root" $root "own" $own) -}}
+{{- with .pool.adminToken }}{{ if .secret }}{{ $_ := set $own "admin_token_file" (printf "/etc/baton-admin/%s" .key) }}{{ end }}{{ end -}}
+{{- with include "baton.tls" $root }}{{ $_ := set $own "tls" (fromJson .) }}{{ end -}}
 {{- include "baton.toml" (mergeOverwrite $own (deepCopy .pool.config)) -}}
 {{- end -}}
 
@@ -93,7 +99,7 @@
 {{- $name := printf "%s-router" (include "baton.fullname" .) -}}
 {{- $urls := list -}}
 {{- range $index := until (int .Values.router.replicas) -}}
-{{- $urls = append $urls (printf "http://%s-%d.%s.%s.svc:%d" $name $index $name $.Release.Namespace (int $.Values.router.ports.grpc)) -}}
+{{- $urls = append $urls (printf "%s://%s-%d.%s.%s.svc:%d" (include "baton.scheme" $) $name $index $name $.Release.Namespace (int $.Values.router.ports.grpc)) -}}
 {{- end -}}
 {{- toJson $urls -}}
 {{- end -}}
@@ -115,7 +121,38 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Paths of the files that the Secret brings, as JSON; nothing without it. */}}
+{{/* Of the addresses of routers and workers. */}}
+{{- define "baton.scheme" -}}
+{{- ternary "https" "http" .Values.tls.enabled -}}
+{{- end -}}
+
+{{/* Paths of the files by which services know each other, and the name that all bear, as JSON; nothing without TLS. */}}
+{{- define "baton.tls" -}}
+{{- with .Values.tls -}}
+{{- if .enabled -}}
+{{- dict "ca" (printf "/etc/baton-tls/%s" .ca) "cert" (printf "/etc/baton-tls/%s" .cert) "key" (printf "/etc/baton-tls/%s" .key) "server_name" .serverName | toJson -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "baton.tlsSecret" -}}
+{{- .Values.tls.secret | default (printf "%s-tls" (include "baton.fullname" .)) -}}
+{{- end -}}
+
+{{- define "baton.tlsVolume" -}}
+{{- if .Values.tls.enabled }}
+- name: tls
+  secret: {secretName: {{ include "baton.tlsSecret" . }}, defaultMode: 0440}
+{{- end }}
+{{- end -}}
+
+{{- define "baton.tlsMount" -}}
+{{- if .Values.tls.enabled }}
+- {name: tls, mountPath: /etc/baton-tls, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{/* Paths of the files that etcd's Secret brings, as JSON; nothing without it. */}}
 {{- define "baton.etcdTls" -}}
 {{- with .Values.etcd.tls -}}
 {{- if .secret -}}

@@ -14,6 +14,18 @@
 {{- if and (ne .root.Values.autoscaling.kind "none") .pool.autoscaling.enabled }}true{{ end -}}
 {{- end -}}
 
+{{/* Workers that there should be, by role, as JSON; nothing of a role with a pool whose size an autoscaler decides. */}}
+{{- define "baton.desired" -}}
+{{- $desired := dict -}}
+{{- range $name, $pool := include "baton.pools" . | fromJson -}}
+{{- $before := index $desired $pool.role | default 0 -}}
+{{- $known := and (not (include "baton.autoscaled" (dict "root" $ "pool" $pool))) (ge (int $before) 0) -}}
+{{- $_ := set $desired $pool.role (ternary (add (int $before) (int $pool.replicas)) -1 $known) -}}
+{{- end -}}
+{{- range $role, $count := $desired }}{{ if lt (int $count) 0 }}{{ $_ := unset $desired $role }}{{ end }}{{ end -}}
+{{- toJson $desired -}}
+{{- end -}}
+
 {{/* "true" if a pool may have no worker. The gateways must take requests even then: they wait in the routers' queue, and that is what
 wakes the pool. */}}
 {{- define "baton.mayBeEmpty" -}}

@@ -14,6 +14,8 @@ pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
 
 mod code;
 mod dial;
+mod files;
 pub mod latency;
 
 pub use dial::Dial;
+pub use files::files_fingerprint;

@@ -162,6 +162,11 @@ impl Cluster {
         }
     }
 
+    /// Of `baton up`.
+    pub fn pid(&self) -> u32 {
+        self.up.id()
+    }
+
     /// Signals `baton up` alone.
     pub fn signal(&self, signal: Signal) {
         let _ = kill_process(Pid::from_raw(self.up.id() as i32).unwrap(), signal);

@@ -1,6 +1,8 @@
 //! A cluster of real processes for a test to ask, watch and break.
 
 mod binary;
+#[path = "../../crates/credentials/tests/certificates/mod.rs"]
+pub mod certificates;
 mod cluster;
 mod collector;
 pub mod deployment;
@@ -8,7 +10,7 @@ pub mod deployment;
 pub mod etcd_cluster;
 pub mod golden;
 #[path = "../../services/baton/src/http.rs"]
-mod http;
+pub mod http;
 pub mod load;
 pub mod network;
 mod pool;
@@ -20,6 +22,11 @@ pub use cluster::{Cluster, Worker};
 pub use collector::Collector;
 pub use pool::Pool;
 pub use request::{Answer, Ask};
+
+/// For addresses that are not a whole cluster's.
+pub fn http_client(url: &str) -> http::Client {
+    http::Client::new(url).unwrap()
+}
 
 /// Whether the long version of a scenario is asked for: `make proof-…` sets it.
 pub fn is_proof(name: &str) -> bool {

@@ -7,8 +7,9 @@ use serde_json::Value;
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// Keys that the chart sets itself, from values of its own.
-const GATEWAY_OWN: &[&str] = &["listen", "admin", "routers", "model_dir", "timeouts.drain_ms"];
-const ROUTER_OWN: &[&str] = &["listen", "admin", "etcd", "etcd_tls", "prefix", "lease_ms", "drain_ms"];
+const GATEWAY_OWN: &[&str] =
+    &["listen", "admin", "routers", "tls", "model_dir", "keys.file", "timeouts.drain_ms"];
+const ROUTER_OWN: &[&str] = &["listen", "admin", "etcd", "etcd_tls", "tls", "prefix", "lease_ms", "drain_ms"];
 const WORKER_OWN: &[&str] = &[
     "role",
     "backend",
@@ -18,6 +19,8 @@ const WORKER_OWN: &[&str] = &[
     "admin",
     "advertise",
     "advertise_admin",
+    "admin_token_file",
+    "tls",
     "membership",
     "drain_ms",
     // Not for those who run it.
@@ -53,13 +56,23 @@ fn chart_values_arrive() {
     assert_eq!((gateway.limits.body_bytes, gateway.timeouts.drain_ms), (1 << 20, 120_000));
     assert_eq!(gateway.listen.to_string(), "[::]:8000");
     assert_eq!((gateway.traces.endpoint.as_str(), gateway.traces.sample), ("http://otel:4317", 0.5));
+    assert_eq!(gateway.keys.file.as_deref(), Some(Path::new("/etc/baton-keys/all.toml")));
+    let tls = gateway.tls.clone().unwrap();
+    assert_eq!(
+        (tls.server_name.as_str(), tls.key.as_path()),
+        ("services.example", Path::new("/etc/baton-tls/key.pem"))
+    );
     let router: router::Config = parse(&of("router.toml")).unwrap();
     assert_eq!((router.members.connections, router.lease_ms, router.etcd.len()), (1, 2_000, 0));
     let worker: worker::Config = parse(&of("worker.toml")).unwrap();
     assert_eq!(worker.served_model_name.as_deref(), Some(r#"quo"ted \ näme"#));
     assert_eq!((worker.traces.endpoint.as_str(), worker.traces.sample), ("http://collector:4317", 0.25));
     assert_eq!((worker.max_reserved_share, worker.gpu_memory_utilization), (1.0, 0.5));
-    assert!(worker.membership.registry.unwrap().contains("everything-router-0"));
+    assert!(worker.membership.registry.unwrap().starts_with("https://everything-router-0"));
+    assert_eq!(worker.admin_token_file.as_deref(), Some(Path::new("/etc/baton-admin/admin-token")));
+    assert!(
+        gateway.routers[0].starts_with("https://") && gateway.tls == router.tls && router.tls == worker.tls
+    );
 }
 
 #[test]

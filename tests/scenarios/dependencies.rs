@@ -16,13 +16,17 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("telemetry", &[]),
     ("kernels", &["kv"]),
     ("membership", &["proto"]),
+    ("credentials", &["proto", "telemetry"]),
     ("handoff", &["kv", "proto"]),
     ("model", &["kernels", "kv"]),
     ("engine", &["model", "kernels", "kv"]),
-    ("gateway", &["openai", "proto", "telemetry"]),
-    ("router", &["proto", "kv", "handoff", "membership", "telemetry"]),
-    ("worker", &["engine", "handoff", "kernels", "kv", "membership", "model", "proto", "telemetry"]),
-    ("baton", &["gateway", "router", "worker", "telemetry"]),
+    ("gateway", &["credentials", "openai", "proto", "telemetry"]),
+    ("router", &["credentials", "proto", "kv", "handoff", "membership", "telemetry"]),
+    (
+        "worker",
+        &["credentials", "engine", "handoff", "kernels", "kv", "membership", "model", "proto", "telemetry"],
+    ),
+    ("baton", &["credentials", "gateway", "router", "worker", "membership", "model", "proto", "telemetry"]),
 ];
 
 #[test]

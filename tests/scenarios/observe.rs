@@ -87,7 +87,11 @@ fn observe_grpc_services() {
     block_on(async {
         for member in members(&cluster).await {
             let address = member["address"].as_str().unwrap();
-            describes_itself(address, &["baton.v1.Decode", "baton.v1.Prefill", "baton.v1.Handoff"]).await;
+            describes_itself(
+                address,
+                &["baton.v1.Decode", "baton.v1.Prefill", "baton.v1.Handoff", "baton.v1.Reach"],
+            )
+            .await;
         }
         let mut router = Command::new(baton())
             .args(["router", "--set", "listen=127.0.0.1:0", "--set", "admin=127.0.0.1:0"])

@@ -181,6 +181,7 @@ impl Cluster {
             },
             membership: self.membership(id),
             dial: self.net.dialing(id),
+            credentials: credentials::Metrics::default(),
         };
         let chance = Chance::new(self.shape.seed, &format!("device of {id}"));
         let load = move |config: worker::Config, on_step| async move {
@@ -190,7 +191,7 @@ impl Cluster {
             let (engine, driven) = engine::drive(device, worker::engine_config(&config, on_step));
             tokio::spawn(driven);
             let _ = host.engine.set(engine.clone());
-            Ok(worker::loaded(&config, engine, weights, MODEL))
+            worker::loaded(&config, engine, weights, MODEL)
         };
         let (incoming, admin) = self.ports(id, name);
         let served = worker::serve(self.shape.worker(role), place, incoming, admin, load, stop);

@@ -85,6 +85,8 @@ pub struct StepRecord {
     pub kind: StepKind,
     /// Tokens computed.
     pub tokens: usize,
+    /// Of these, tokens of answers; the others are of prompts.
+    pub decoding: usize,
     pub sequences: usize,
     pub elapsed: Duration,
 }

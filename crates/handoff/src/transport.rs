@@ -6,7 +6,7 @@
 use crate::Error;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tonic::transport::{Channel, Endpoint, Server, server::TcpIncoming};
+use tonic::transport::{Channel, Server, server::TcpIncoming};
 
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
@@ -36,10 +36,10 @@ pub fn incoming(listener: TcpListener) -> TcpIncoming {
     TcpIncoming::from(listener).with_nodelay(Some(true))
 }
 
-/// A channel to the worker at `address` (http://host:port). Connects on first use, and again after a loss.
+/// A channel to the worker at `address` (http://host:port, or https:// where `dial` secures connections). Connects on first use, and again after a loss.
 pub fn channel(dial: &proto::Dial, address: &str) -> Result<Channel, Error> {
-    let endpoint = Endpoint::from_shared(address.to_owned())
-        .map_err(|error| Error::Address { address: address.to_owned(), cause: error.to_string() })?;
+    let endpoint =
+        dial.endpoint(address).map_err(|cause| Error::Address { address: address.to_owned(), cause })?;
     let endpoint = endpoint
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)

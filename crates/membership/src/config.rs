@@ -58,7 +58,7 @@ impl MembershipConfig {
             };
         }
         if let Some(url) = &self.registry {
-            endpoint(url, "http://")?;
+            endpoint(url, if url.starts_with("https://") { "https://" } else { "http://" })?;
         }
         self.check_tls()?;
         if !(1_000..=300_000).contains(&self.lease_ms) {
@@ -83,9 +83,14 @@ impl MembershipConfig {
 
 /// A client of the configured source. Connects lazily and for ever: an absent source is not an error.
 pub fn connect(config: MembershipConfig) -> Result<Arc<dyn Membership>, Error> {
+    connect_by(config, Dial::default())
+}
+
+/// The same, with a registry reached by `dial`; etcd has a way of its own.
+pub fn connect_by(config: MembershipConfig, dial: Dial) -> Result<Arc<dyn Membership>, Error> {
     config.check()?;
     match &config.registry {
-        Some(url) => registry(url, Dial::default()),
+        Some(url) => registry(url, dial),
         None => {
             config.tls.as_ref().map(EtcdTls::read).transpose()?;
             Ok(Arc::new(Etcd::new(&config)))
@@ -95,7 +100,8 @@ pub fn connect(config: MembershipConfig) -> Result<Arc<dyn Membership>, Error> {
 
 /// A client of the registry at `url`, reached by `dial`.
 pub fn registry(url: &str, dial: Dial) -> Result<Arc<dyn Membership>, Error> {
-    Ok(Arc::new(RegistryClient::new(endpoint(url, "http://")?, dial)))
+    let wrong = |reason| Error::Registry { url: url.into(), reason };
+    Ok(Arc::new(RegistryClient::new(dial.endpoint(url).map_err(wrong)?, dial)))
 }
 
 fn endpoint(url: &str, scheme: &'static str) -> Result<Endpoint, Error> {

@@ -14,6 +14,8 @@ pub enum Error {
         if url.starts_with("https://") { "; for https:// set tls" } else { "" }
     )]
     Url { url: String, scheme: &'static str, reason: String },
+    #[error("membership: registry `{url}`: {reason}")]
+    Registry { url: String, reason: String },
     #[error("membership: tls: {0}")]
     Tls(&'static str),
     #[error("membership: tls: {} cannot be used ({reason}); give a PEM file", path.display())]

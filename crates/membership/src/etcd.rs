@@ -7,6 +7,7 @@
 
 mod endpoints;
 mod holder;
+mod survey;
 mod tls;
 mod watcher;
 
@@ -18,6 +19,7 @@ use std::{
     sync::{Arc, OnceLock},
     time::Duration,
 };
+pub use survey::{Endpoint, survey};
 pub use tls::EtcdTls;
 use tokio::{sync::watch, task::JoinHandle};
 use watcher::Watcher;

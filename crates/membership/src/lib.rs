@@ -15,9 +15,9 @@ mod registry_client;
 mod retry;
 mod roster;
 
-pub use config::{MembershipConfig, connect, registry};
+pub use config::{MembershipConfig, connect, connect_by, registry};
 pub use error::Error;
-pub use etcd::EtcdTls;
+pub use etcd::{Endpoint, EtcdTls, survey};
 pub use memory::Memory;
 pub use registration::Registration;
 pub use registry::RegistryServer;

@@ -8,7 +8,10 @@ use crate::{
     random::RandomWeights,
 };
 use kernels::{Dtype, Scales, Tensor};
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 /// A checked directory.
 pub struct Directory {
@@ -34,16 +37,43 @@ pub fn check_directory(dir: &Path) -> Result<Directory, Error> {
     let config = Config::parse(&config_path, &read_text(&config_path)?)?;
     let generation = read_generation(dir)?;
     check_tokenizer(dir)?;
-    let checkpoint = Checkpoint::open(dir)?;
-    let checker = Checker { config: &config, checkpoint: &checkpoint };
-    let mut used = 0;
-    for tensor in expected(&config) {
-        used += checker.check(&tensor)?;
-    }
+    let (checkpoint, used) = open_weights(dir, &config)?;
     let mtp_tensors = checkpoint.iter().filter(|(name, _)| is_mtp(&config, name)).count();
     let unexpected_tensors = checkpoint.iter().count() - used - mtp_tensors;
     let weights = Weights::Files(checkpoint);
     Ok(Directory { path: dir.to_path_buf(), config, generation, mtp_tensors, unexpected_tensors, weights })
+}
+
+/// Tensors that the files hold, as they lie there.
+#[derive(Debug, Default)]
+pub struct Stored {
+    pub parameters: u64,
+    pub bytes: u64,
+    /// Tensors by type.
+    pub dtypes: BTreeMap<String, usize>,
+}
+
+/// The weights alone of a directory, checked as [`check_directory`] does.
+pub fn check_weights(dir: &Path, config: &Config) -> Result<Stored, Error> {
+    let (checkpoint, _) = open_weights(dir, config)?;
+    let mut stored = Stored::default();
+    for (_, entry) in checkpoint.iter() {
+        stored.parameters += entry.shape.iter().map(|n| *n as u64).product::<u64>();
+        stored.bytes += checkpoint.bytes(entry).len() as u64;
+        *stored.dtypes.entry(format!("{:?}", entry.dtype)).or_default() += 1;
+    }
+    Ok(stored)
+}
+
+/// The files, with every tensor of the model in them, and how many of theirs that takes.
+fn open_weights(dir: &Path, config: &Config) -> Result<(Checkpoint, usize), Error> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let checker = Checker { config, checkpoint: &checkpoint };
+    let mut used = 0;
+    for tensor in expected(config) {
+        used += checker.check(&tensor)?;
+    }
+    Ok((checkpoint, used))
 }
 
 fn read_generation(dir: &Path) -> Result<GenerationDefaults, Error> {

@@ -16,7 +16,7 @@ mod rope;
 mod runner;
 
 pub use config::{Architecture, Config, Moe, Quantization};
-pub use directory::{Directory, check_directory};
+pub use directory::{Directory, Stored, check_directory, check_weights};
 pub use error::Error;
 pub use fingerprint::weights_fingerprint;
 pub use generation::GenerationDefaults;

@@ -28,7 +28,7 @@ impl ChatRequest {
     pub fn parse(body: &[u8], limits: &Limits) -> Result<Self, Error> {
         let mut fields = Fields::from_body(body)?;
         unserved::refuse_chat(&mut fields)?;
-        let messages = messages::parse(&mut fields)?;
+        let messages = messages::parse(&mut fields, limits)?;
         let (add_generation_prompt, continue_final_message) = generation_prompt(&mut fields)?;
         let add_special_tokens = fields.flag("add_special_tokens")?.unwrap_or(false);
         let template_kwargs = template_kwargs(&mut fields)?;

@@ -12,6 +12,16 @@ pub enum Prompt {
     Tokens(Vec<u32>),
 }
 
+impl Prompt {
+    /// Of text; tokens have been read already.
+    fn characters(&self) -> usize {
+        match self {
+            Prompt::Text(text) => text.chars().count(),
+            Prompt::Tokens(_) => 0,
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct CompletionRequest {
     pub prompts: Vec<Prompt>,
@@ -27,6 +37,7 @@ impl CompletionRequest {
         let mut fields = Fields::from_body(body)?;
         unserved::refuse_completions(&mut fields)?;
         let prompts = prompts(&mut fields, limits)?;
+        limits.check_characters("prompt", prompts.iter().map(Prompt::characters).sum())?;
         let echo = fields.flag("echo")?.unwrap_or(false);
         let add_special_tokens = fields.flag("add_special_tokens")?.unwrap_or(true);
         let logprobs = logprobs(&mut fields)?;

@@ -7,6 +7,15 @@ use std::time::Duration;
 /// The closed set of reasons a client is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Code {
+    InvalidKey,
+    /// The key is good, but not an operator's.
+    AdminOnly,
+    /// More requests a minute than the key may make.
+    RequestRate,
+    /// More tokens a minute than the key may take.
+    TokenRate,
+    /// More requests at the same time than the key may make.
+    Concurrency,
     InvalidJson,
     InvalidType,
     InvalidValue,
@@ -21,6 +30,7 @@ pub enum Code {
     MethodNotAllowed,
     BodyTimeout,
     TooLarge,
+    HeadersTooLarge,
     MediaType,
     Cancelled,
     Internal,
@@ -34,7 +44,13 @@ impl Code {
     fn row(self) -> (u16, &'static str, &'static str) {
         const REQUEST: &str = "invalid_request_error";
         const SERVER: &str = "server_error";
+        const RATE: &str = "rate_limit_exceeded";
         match self {
+            Code::InvalidKey => (401, REQUEST, "invalid_api_key"),
+            Code::AdminOnly => (403, REQUEST, "admin_only"),
+            Code::RequestRate => (429, "requests", RATE),
+            Code::TokenRate => (429, "tokens", RATE),
+            Code::Concurrency => (429, "concurrency", RATE),
             Code::InvalidJson => (400, REQUEST, "invalid_json"),
             Code::InvalidType => (400, REQUEST, "invalid_type"),
             Code::InvalidValue => (400, REQUEST, "invalid_value"),
@@ -47,6 +63,7 @@ impl Code {
             Code::MethodNotAllowed => (405, REQUEST, "method_not_supported"),
             Code::BodyTimeout => (408, REQUEST, "timeout"),
             Code::TooLarge => (413, REQUEST, "request_too_large"),
+            Code::HeadersTooLarge => (431, REQUEST, "headers_too_large"),
             Code::MediaType => (415, REQUEST, "unsupported_media_type"),
             Code::Cancelled => (499, REQUEST, "cancelled"),
             Code::Internal => (500, SERVER, "internal_error"),

@@ -1,7 +1,7 @@
 //! Chat messages: role and text, with whatever else a chat template may read kept as it came.
 
 use crate::fields::{Fields, out_of_range, show, wrong_type};
-use crate::{Code, Error};
+use crate::{Code, Error, Limits};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -15,16 +15,41 @@ pub struct Message {
     pub rest: Map<String, Value>,
 }
 
+impl Message {
+    /// Of all that a template may write out.
+    fn characters(&self) -> usize {
+        let rest = self.rest.iter().map(|(name, value)| name.len() + text_len(value));
+        self.content.chars().count() + rest.sum::<usize>()
+    }
+}
+
+fn text_len(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.chars().count(),
+        Value::Array(list) => list.iter().map(text_len).sum(),
+        Value::Object(map) => map.iter().map(|(name, value)| name.len() + text_len(value)).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 1,
+    }
+}
+
 const ROLES: &str = "one of system, developer, user, assistant";
 
-pub(crate) fn parse(fields: &mut Fields) -> Result<Vec<Message>, Error> {
+pub(crate) fn parse(fields: &mut Fields, limits: &Limits) -> Result<Vec<Message>, Error> {
     match fields.take("messages") {
         None => Err(Error::missing("messages")),
         Some(Value::Array(list)) if list.is_empty() => {
             Err(Error::value("messages", "expected at least one message"))
         }
+        Some(Value::Array(list)) if list.len() > limits.messages => {
+            let problem = format!("found {} messages, expected at most {}", list.len(), limits.messages);
+            Err(Error::value("messages", problem))
+        }
         Some(Value::Array(list)) => {
-            list.into_iter().enumerate().map(|(i, value)| message(i, value)).collect()
+            let messages: Result<Vec<_>, _> =
+                list.into_iter().enumerate().map(|(i, value)| message(i, value)).collect();
+            let messages = messages?;
+            limits.check_characters("messages", messages.iter().map(Message::characters).sum())?;
+            Ok(messages)
         }
         Some(other) => Err(wrong_type("messages", "a list of messages", &other)),
     }

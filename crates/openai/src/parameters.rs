@@ -19,6 +19,21 @@ pub struct Limits {
     pub choices: u32,
     /// Most prompts of one completions request.
     pub prompts: usize,
+    /// Most messages of one chat request.
+    pub messages: usize,
+    /// Most characters of all messages, or of all prompts given as text.
+    pub characters: usize,
+}
+
+impl Limits {
+    /// `found`: characters of the whole field.
+    pub(crate) fn check_characters(&self, field: &str, found: usize) -> Result<(), Error> {
+        if found <= self.characters {
+            return Ok(());
+        }
+        let problem = format!("found {found} characters, expected at most {}", self.characters);
+        Err(Error::value(field, problem))
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -30,8 +45,8 @@ pub struct Parameters {
     pub ending: Ending,
     /// `None`: answer in one piece.
     pub streaming: Option<Streaming>,
-    /// Lower first.
-    pub priority: i32,
+    /// Lower first; how far it may go is the operator's to say.
+    pub priority: Option<i32>,
     pub skip_special_tokens: bool,
     /// Render tokens in logprobs as `token_id:N`.
     pub tokens_as_ids: bool,
@@ -90,7 +105,7 @@ pub(crate) fn parse(
     let streaming = streaming(&mut fields)?;
     let in_i32 = |x| i32::try_from(x).is_ok();
     let priority =
-        fields.integer("priority", "a 32-bit integer (lower is served first)", in_i32)?.unwrap_or(0) as i32;
+        fields.integer("priority", "a 32-bit integer (lower is served first)", in_i32)?.map(|x| x as i32);
     let skip_special_tokens = fields.flag("skip_special_tokens")?.unwrap_or(true);
     let tokens_as_ids = fields.flag("return_tokens_as_token_ids")?.unwrap_or(false);
     unserved::ignore(&mut fields);

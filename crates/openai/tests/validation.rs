@@ -4,7 +4,7 @@
 use openai::{ChatRequest, CompletionRequest, Limits, Prompt, Streaming};
 use serde_json::{Value, json};
 
-const LIMITS: Limits = Limits { choices: 8, prompts: 3 };
+const LIMITS: Limits = Limits { choices: 8, prompts: 3, messages: 4, characters: 1000 };
 
 fn chat(extra: Value) -> Result<ChatRequest, openai::Error> {
     ChatRequest::parse(
@@ -255,7 +255,7 @@ fn accepted_values_mean_what_they_say() {
     assert_eq!((sampling.seed, sampling.logprobs), (Some(u64::MAX), Some(2)));
     assert_eq!(sampling.logit_bias, [(5, -100.0), (7, 1.5)]);
     assert_eq!((parameters.ending.max_tokens, parameters.ending.min_tokens), (Some(7), 3));
-    assert_eq!((parameters.n, parameters.priority), (8, -3));
+    assert_eq!((parameters.n, parameters.priority), (8, Some(-3)));
     assert_eq!(parameters.streaming, Some(Streaming { include_usage: true, continuous_usage: false }));
     assert!(!parameters.skip_special_tokens);
 }

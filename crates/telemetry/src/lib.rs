@@ -3,7 +3,9 @@
 //! nothing of what it counts.
 
 pub mod admin;
+pub mod credentials;
 pub mod gateway;
+mod latency;
 mod log;
 pub mod phase;
 pub mod router;
@@ -12,6 +14,7 @@ pub mod trace;
 pub mod worker;
 
 pub use admin::Readiness;
+pub use latency::{Latency, Sketch};
 pub use log::init;
 pub use prometheus_client::{metrics::counter::Counter, registry::Registry};
 pub use spans::{Spans, Traces};

@@ -4,7 +4,10 @@ use crate::{Buckets, Counters, Gauges, Registry};
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
 
 /// Why a sequence moves to other workers.
-const CAUSES: [&str; 4] = ["preempted", "prefill_lost", "decode_lost", "drained"];
+pub const CAUSES: [&str; 4] = ["preempted", "prefill_lost", "decode_lost", "drained"];
+
+/// What became of the try to place a request.
+pub const OUTCOMES: [&str; 4] = ["placed", "refused", "rejected", "failed"];
 
 #[derive(Clone)]
 pub struct Metrics {
@@ -15,7 +18,7 @@ pub struct Metrics {
     pub placements: Counters,
     /// By cause.
     pub migrations: Counters,
-    /// By role and state (ready, draining, suspected).
+    /// By role and state (ready, draining, starting, suspected; desired: how many there should be).
     pub members: Gauges,
     pub running: Gauge,
     /// Tokens that arrived out of order or twice: always 0 in a sound cluster.
@@ -46,6 +49,14 @@ impl Metrics {
         self.migrations.get_or_create(&vec![("cause", cause.to_owned())]).inc();
     }
 
+    pub fn migrated(&self, cause: &str) -> u64 {
+        self.migrations.get_or_create(&vec![("cause", cause.to_owned())]).get()
+    }
+
+    pub fn placed(&self, outcome: &str) -> u64 {
+        self.placements.get_or_create(&vec![("outcome", outcome.to_owned())]).get()
+    }
+
     /// What has not happened yet is 0, and not absent: dashboards and alerts need a beginning.
     fn zero(&self) {
         self.queue_depth.get_or_create(&vec![("class", "0".to_owned())]).set(0);
@@ -60,7 +71,11 @@ impl Metrics {
         registry.register("baton_router_queue_seconds", "From arrival to placement", m.queue_seconds);
         registry.register("baton_router_placements", "Placements tried, by outcome", m.placements);
         registry.register("baton_migrations", "Sequences continued elsewhere, by cause", m.migrations);
-        registry.register("baton_members", "Members known, by role and state", m.members);
+        registry.register(
+            "baton_members",
+            "Members by role and state; desired: how many there should be",
+            m.members,
+        );
         registry.register("baton_router_running", "Requests placed and not ended", m.running);
         registry.register(
             "baton_router_token_order_violations",

@@ -88,15 +88,25 @@ impl Args {
     }
 }
 
+/// Whether this binary has kernels.
+pub fn is_built() -> bool {
+    !CUBINS.is_empty()
+}
+
+/// Whether the driver's library can be loaded here.
+pub fn is_driver_present() -> bool {
+    // SAFETY: only asks whether the library is there.
+    unsafe { sys::is_culib_present() }
+}
+
 impl Device {
     pub fn new(ordinal: usize) -> Result<Device, Error> {
-        if CUBINS.is_empty() {
+        if !is_built() {
             return Err(Error::Unavailable(
                 "this binary was built without CUDA kernels; build it with --features cuda".to_string(),
             ));
         }
-        // SAFETY: only asks whether the library is there.
-        if !unsafe { sys::is_culib_present() } {
+        if !is_driver_present() {
             return Err(Error::Unavailable(
                 "libcuda.so was not found: install the NVIDIA driver, in a container start it with --gpus all or ask for \
                  nvidia.com/gpu, or use --backend cpu"

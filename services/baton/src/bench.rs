@@ -4,7 +4,7 @@
 mod load;
 mod report;
 
-use crate::http::Client;
+use crate::{http::Client, target::Target};
 use anyhow::{Context, bail};
 use clap::Parser;
 use futures::stream::{self, StreamExt};
@@ -15,9 +15,8 @@ use tokio::time::{Instant, sleep_until};
 
 #[derive(Clone, Parser)]
 pub struct Args {
-    /// Address of the gateway
-    #[arg(long, default_value = "http://127.0.0.1:8000")]
-    url: String,
+    #[command(flatten)]
+    target: Target,
     /// Served model [default: the first that the gateway lists]
     #[arg(long)]
     model: Option<String>,
@@ -84,7 +83,7 @@ fn check(args: &Args) -> anyhow::Result<()> {
 }
 
 async fn measure(args: &Args) -> anyhow::Result<(Vec<Record>, Duration)> {
-    let client = Client::new(&args.url)?;
+    let client = args.target.client()?;
     let model = match &args.model {
         Some(model) => model.clone(),
         None => first_model(&client).await?,

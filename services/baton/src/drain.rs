@@ -1,20 +1,23 @@
 //! `baton drain`: has one worker leave the cluster in good order, and follows until it has left.
 
-use crate::{http::Client, status};
-use anyhow::{Context, bail};
+use crate::{http::Client, status, target::Target};
+use anyhow::{Context, anyhow, bail};
 use clap::Parser;
-use hyper::Method;
+use credentials::TokenFile;
+use hyper::{Method, StatusCode};
 use serde_json::Value;
-use std::{process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 use tokio::time::{Instant, sleep};
 
 #[derive(Parser)]
 pub struct Args {
     /// Id of the member as `baton status` shows it, or a beginning that only one has
     member: String,
-    /// Address of the gateway
-    #[arg(long, default_value = "http://127.0.0.1:8000")]
-    url: String,
+    #[command(flatten)]
+    target: Target,
+    /// File with the admin token, if the workers ask for one (`admin_token_file`)
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
     /// Return as soon as the worker has begun to leave
     #[arg(long)]
     no_wait: bool,
@@ -30,13 +33,19 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 async fn drain(args: Args) -> anyhow::Result<()> {
-    let status = status::fetch(&args.url).await?;
+    let status = status::fetch(&args.target).await?;
     let member = find(&status, &args.member)?;
     let (id, admin) = (text(&member["id"]), text(&member["admin"]));
-    let response = Client::new(&admin)?.open(Method::POST, "/drain", "{}".into()).await;
+    let token =
+        args.token_file.clone().map(TokenFile::open).transpose().map_err(|problem| anyhow!(problem))?;
+    let token = token.map(|file| file.read()).transpose().map_err(|problem| anyhow!(problem))?;
+    let response = Client::new(&admin)?.with_bearer(token).open(Method::POST, "/drain", "{}".into()).await;
     let response = response.with_context(|| {
         format!("the admin port of {id} must be reachable from here; SIGTERM to its process does the same")
     })?;
+    if [StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN].contains(&response.status()) {
+        bail!("{id} takes orders only from who has its admin token; give the file with --token-file");
+    }
     if !response.status().is_success() {
         bail!("{admin}/drain answered {}; is it a Baton worker of this version?", response.status());
     }
@@ -52,7 +61,7 @@ async fn left(args: &Args, id: &str) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(args.timeout);
     let mut told = None;
     loop {
-        let status = status::fetch(&args.url).await?;
+        let status = status::fetch(&args.target).await?;
         let Some(member) = members(&status).find(|member| text(&member["id"]) == id) else {
             println!("{id} has left");
             return Ok(());

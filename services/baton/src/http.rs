@@ -3,7 +3,11 @@
 use anyhow::{Context, bail};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
-use hyper::{Method, Request, Response, StatusCode, Uri, body::Incoming, header::CONTENT_TYPE};
+use hyper::{
+    Method, Request, Response, StatusCode, Uri,
+    body::Incoming,
+    header::{AUTHORIZATION, CONTENT_TYPE},
+};
 use hyper_util::{
     client::legacy::{Client as Pool, connect::HttpConnector},
     rt::TokioExecutor,
@@ -15,6 +19,8 @@ use std::time::Duration;
 pub struct Client {
     pool: Pool<HttpConnector, Full<Bytes>>,
     base: String,
+    /// Sent with every request: an API key, or an admin token.
+    bearer: Option<String>,
 }
 
 impl Client {
@@ -29,7 +35,11 @@ impl Client {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(Duration::from_secs(5)));
-        Ok(Client { pool: Pool::builder(TokioExecutor::new()).build(connector), base })
+        Ok(Client { pool: Pool::builder(TokioExecutor::new()).build(connector), base, bearer: None })
+    }
+
+    pub fn with_bearer(self, bearer: Option<String>) -> Self {
+        Client { bearer, ..self }
     }
 
     pub async fn get(&self, path: &str) -> anyhow::Result<(StatusCode, Bytes)> {
@@ -51,7 +61,11 @@ impl Client {
         headers: &[(&str, &str)],
     ) -> anyhow::Result<Response<Incoming>> {
         let url = format!("{}{path}", self.base);
-        let request = Request::builder().method(method).uri(&url).header(CONTENT_TYPE, "application/json");
+        let mut request =
+            Request::builder().method(method).uri(&url).header(CONTENT_TYPE, "application/json");
+        if let Some(bearer) = &self.bearer {
+            request = request.header(AUTHORIZATION, format!("Bearer {bearer}"));
+        }
         let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
         let request = request.body(Full::new(body))?;
         self.pool.request(request).await.with_context(|| format!("no answer from {url}"))

@@ -4,12 +4,16 @@ mod bench;
 mod bench_engine;
 mod bench_handoff;
 mod demo;
+mod doctor;
 mod drain;
 mod http;
+mod key;
 mod machine;
+mod plan;
 mod serve;
 mod settings;
 mod status;
+mod target;
 mod trace;
 mod up;
 
@@ -38,8 +42,14 @@ enum Command {
     Status(status::Args),
     /// Show where the time of one request went until its first two tokens
     Trace(trace::Args),
+    /// Look at a deployment and name the fix for each thing that is wrong
+    Doctor(doctor::Args),
+    /// Say how many prefill and decode workers the load of a running cluster needs, and why
+    Plan(plan::Args),
     /// Have a worker leave: it takes nothing new, finishes or passes on what it has, and ends
     Drain(drain::Args),
+    /// Make API keys for gateways that ask for them
+    Key(key::Args),
     /// Measure a running cluster: time to first token, time between tokens, throughput
     Bench(bench::Args),
     /// Measure the model alone, with random weights: time of a step, share of what the GPU could do
@@ -76,6 +86,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status(args) => status::run(args),
         Command::Trace(args) => trace::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Key(args) => key::run(args),
         Command::Drain(args) => drain::run(args),
         Command::BenchEngine(args) => bench_engine::run(args),
         Command::BenchHandoff(args) => bench_handoff::run(args),

@@ -1,6 +1,6 @@
 //! `baton trace`: where the time of one request went until its first two tokens, as the gateway shows it at `/trace`.
 
-use crate::http::Client;
+use crate::target::Target;
 use anyhow::{Context, bail};
 use clap::Parser;
 use serde_json::Value;
@@ -10,9 +10,8 @@ use std::process::ExitCode;
 pub struct Args {
     /// Id of the request, from the header x-request-id of its answer
     request_id: String,
-    /// Address of the gateway that answered it
-    #[arg(long, default_value = "http://127.0.0.1:8000")]
-    url: String,
+    #[command(flatten)]
+    target: Target,
     /// Print the record as JSON
     #[arg(long)]
     json: bool,
@@ -30,9 +29,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 async fn fetch(args: &Args) -> anyhow::Result<Value> {
     let path = format!("/trace/{}", args.request_id);
-    let (status, body) = Client::new(&args.url)?.get(&path).await.context("is the cluster up? (baton up)")?;
+    let url = &args.target.url;
+    let (status, body) = args.target.client()?.get(&path).await.context("is the cluster up? (baton up)")?;
     let answer: Value = serde_json::from_slice(&body)
-        .with_context(|| format!("{}{path} did not answer with JSON; is it a Baton gateway?", args.url))?;
+        .with_context(|| format!("{url}{path} did not answer with JSON; is it a Baton gateway?"))?;
     if !status.is_success() {
         bail!("{}", answer["error"]["message"].as_str().unwrap_or("the gateway gave no reason"));
     }

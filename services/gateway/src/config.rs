@@ -1,5 +1,6 @@
 //! The gateway's configuration: one TOML file, read once at start. Durations are milliseconds.
 
+use credentials::TlsConfig;
 use serde::Deserialize;
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use telemetry::Traces;
@@ -13,9 +14,15 @@ pub struct Config {
     pub admin: SocketAddr,
     /// gRPC addresses of routers. A request goes to one; if that one does not answer, to the next.
     pub routers: Vec<String>,
+    /// Secures the connections to routers, in both directions; all services must agree. Clients' connections are the business
+    /// of what stands before the gateway.
+    pub tls: Option<TlsConfig>,
     /// Directory in Hugging Face layout: tokenizer.json, tokenizer_config.json, config.json and, if
     /// there are any, generation_config.json and chat_template.jinja. Weights are not read.
     pub model_dir: PathBuf,
+    /// Refuse to serve while a worker of the model has other files (tokenizer, template, configuration) than `model_dir`: its
+    /// token ids may mean other text. False: for a chat template of one's own.
+    pub match_files: bool,
     /// Names by which clients may ask for the model; responses carry the one asked for. Empty: the
     /// name of `model_dir`.
     pub served_model_name: Vec<String>,
@@ -26,10 +33,23 @@ pub struct Config {
     /// `max_tokens` of `/v1/completions` when the client gives none; 0: as far as the context reaches.
     /// (OpenAI's own default is 16.) Chat always goes as far as the context reaches.
     pub default_completion_tokens: u32,
+    /// The page at `/dashboard`, and from `/` to it.
+    pub dashboard: bool,
+    pub keys: Keys,
     pub limits: Limits,
     pub stream: Stream,
     pub timeouts: Timeouts,
     pub traces: Traces,
+}
+
+/// Who may ask.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Keys {
+    /// The API keys' entries, as `baton key new` prints them; read again when it changes. Absent: everybody may ask.
+    pub file: Option<PathBuf>,
+    /// Tokens of output that a request without `max_tokens` is charged, for each choice, until it ends and the true number is known.
+    pub assumed_output_tokens: u32,
 }
 
 /// Beyond any of these a request is refused at once, by name.
@@ -42,12 +62,26 @@ pub struct Limits {
     pub concurrent_requests: usize,
     /// Largest `n`.
     pub choices: u32,
+    /// Connections at the same time (503 with retry-after).
+    pub connections: usize,
+    /// Header fields of a request (431).
+    pub headers: usize,
+    /// Bytes of a request's URL and header fields together (431).
+    pub header_bytes: usize,
+    /// Messages of one chat request (400). A template may look at each message once for each other one.
+    pub messages: usize,
+    /// Characters of all messages, or of all prompts given as text (400).
+    pub characters: usize,
     /// Prompts of one completions request.
     pub prompts: usize,
     /// Prompts times `n`.
     pub sequences: usize,
     /// Tokens of one prompt; 0: the context is the limit.
     pub prompt_tokens: u32,
+    /// The lowest number, and so the highest priority, that a request may ask for (400); a key may have a bound of its own.
+    pub priority_min: i32,
+    /// The highest number.
+    pub priority_max: i32,
     /// Large bodies parsed and tokenised at the same time, away from the threads that stream; 0: one per core.
     pub tokenizers: usize,
 }
@@ -67,6 +101,8 @@ pub struct Stream {
 pub struct Timeouts {
     /// From the first byte of a request to the last of its answer.
     pub request_ms: u64,
+    /// For the client to send a request's header (408); a connection that lies idle for as long is closed.
+    pub header_ms: u64,
     /// For the client to send its body (408).
     pub body_ms: u64,
     /// In the router's queue; 0: the router's own default.
@@ -91,11 +127,15 @@ impl Default for Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 8000)),
             admin: SocketAddr::from(([127, 0, 0, 1], 8001)),
             routers: vec!["http://127.0.0.1:7700".into()],
+            tls: None,
             model_dir: PathBuf::new(),
+            match_files: true,
             served_model_name: Vec::new(),
             worker_model: String::new(),
             max_context: 0,
             default_completion_tokens: 0,
+            dashboard: true,
+            keys: Keys::default(),
             limits: Limits::default(),
             stream: Stream::default(),
             timeouts: Timeouts::default(),
@@ -104,15 +144,28 @@ impl Default for Config {
     }
 }
 
+impl Default for Keys {
+    fn default() -> Self {
+        Keys { file: None, assumed_output_tokens: 1024 }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Limits {
             body_bytes: 8 << 20,
             concurrent_requests: 1024,
+            connections: 4096,
+            headers: 100,
+            header_bytes: 32 << 10,
+            messages: 2048,
+            characters: 4 << 20,
             choices: 128,
             prompts: 128,
             sequences: 256,
             prompt_tokens: 0,
+            priority_min: -10,
+            priority_max: 10,
             tokenizers: 0,
         }
     }
@@ -128,6 +181,7 @@ impl Default for Timeouts {
     fn default() -> Self {
         Timeouts {
             request_ms: 600_000,
+            header_ms: 30_000,
             body_ms: 30_000,
             queue_ms: 0,
             connect_ms: 2_000,
@@ -140,16 +194,34 @@ impl Default for Timeouts {
     }
 }
 
+impl Limits {
+    /// What a request may ask for, before the model is asked.
+    pub(crate) fn of_requests(&self) -> openai::Limits {
+        openai::Limits {
+            choices: self.choices,
+            prompts: self.prompts,
+            messages: self.messages,
+            characters: self.characters,
+        }
+    }
+}
+
 impl Config {
     /// Names the first setting that cannot work, and what it must be.
     pub fn check(&self) -> Result<(), String> {
         let positive = [
             ("limits.body_bytes", self.limits.body_bytes as u64),
             ("limits.concurrent_requests", self.limits.concurrent_requests as u64),
+            ("limits.connections", self.limits.connections as u64),
+            ("limits.headers", self.limits.headers as u64),
+            ("limits.header_bytes", self.limits.header_bytes as u64),
+            ("limits.messages", self.limits.messages as u64),
+            ("limits.characters", self.limits.characters as u64),
             ("limits.choices", self.limits.choices.into()),
             ("limits.prompts", self.limits.prompts as u64),
             ("limits.sequences", self.limits.sequences as u64),
             ("timeouts.request_ms", self.timeouts.request_ms),
+            ("timeouts.header_ms", self.timeouts.header_ms),
             ("timeouts.body_ms", self.timeouts.body_ms),
             ("timeouts.connect_ms", self.timeouts.connect_ms),
             ("timeouts.silence_ms", self.timeouts.silence_ms),
@@ -157,6 +229,9 @@ impl Config {
         ];
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(format!("{name} is 0, but must be at least 1"));
+        }
+        if self.limits.priority_min > self.limits.priority_max {
+            return Err("limits.priority_min is more than limits.priority_max".into());
         }
         if self.routers.is_empty() {
             return Err(

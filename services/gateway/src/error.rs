@@ -1,5 +1,6 @@
 //! Why the gateway did not start or stopped, and how a router's error reads in OpenAI's terms.
 
+use crate::config::ms;
 use proto::ErrorCode;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,6 +15,10 @@ pub enum Error {
     Listen { address: std::net::SocketAddr, source: std::io::Error },
     #[error("router address {address:?}: {problem}; expected one like http://127.0.0.1:7700")]
     RouterAddress { address: String, problem: String },
+    #[error(transparent)]
+    Tls(#[from] credentials::Error),
+    #[error("keys.file {path}: {problem}", path = path.display())]
+    Keys { path: PathBuf, problem: String },
     #[error("serving: {0}")]
     Serve(#[from] std::io::Error),
 }
@@ -24,7 +29,7 @@ impl Error {
     }
 }
 
-/// Status and code for the client. HTTP statuses are those of `proto::ErrorCode::http_status`.
+/// Status and code for the client; `retry_after` holds where the router predicts nothing. HTTP statuses are those of `proto::ErrorCode::http_status`.
 pub(crate) fn from_router(error: &proto::Error, retry_after: Duration) -> openai::Error {
     use openai::Code;
     let code = match error.code() {
@@ -46,7 +51,11 @@ pub(crate) fn from_router(error: &proto::Error, retry_after: Duration) -> openai
         ErrorCode::Internal | ErrorCode::Unspecified => Code::Internal,
     };
     let converted = openai::Error::new(code, error.message.clone());
-    if code == Code::Overloaded { converted.retry_after(retry_after) } else { converted }
+    match error.retry_after_ms {
+        0 if code == Code::Overloaded => converted.retry_after(retry_after),
+        0 => converted,
+        predicted => converted.retry_after(ms(predicted.into())),
+    }
 }
 
 #[cfg(test)]
@@ -61,5 +70,7 @@ mod tests {
             assert_eq!(converted.code.status(), code.http_status(), "{code:?}");
             assert_eq!(converted.retry_after.is_some(), code.http_status() == 503, "{code:?}");
         }
+        let full = proto::Error::new(ErrorCode::QueueFull, "full").retry_after(Duration::from_millis(7300));
+        assert_eq!(from_router(&full, Duration::from_secs(1)).retry_after, Some(Duration::from_millis(7300)));
     }
 }

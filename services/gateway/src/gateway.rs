@@ -2,15 +2,19 @@
 
 use crate::answer::{Bounds, Upstream};
 use crate::config::ms;
+use crate::history::{History, INTERVAL};
+use crate::keys::{Caller, KeyRing};
 use crate::model::Model;
 use crate::record::Records;
 use crate::{Config, Error, cluster};
 use openai::Code;
-use std::sync::Arc;
+use proto::StatusReply;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 use telemetry::gateway::Metrics;
 use telemetry::{Readiness, Spans};
 use tokio::sync::{Semaphore, watch};
+use tokio::time::{MissedTickBehavior, interval};
 
 pub struct Gateway {
     pub config: Config,
@@ -22,6 +26,8 @@ pub struct Gateway {
     pub spans: Spans,
     /// Of the requests that ended last.
     pub records: Arc<Records>,
+    /// `None`: everybody may ask.
+    pub keys: Option<KeyRing>,
     /// Places for requests.
     pub places: Arc<Semaphore>,
     /// Places for parsing and tokenising large bodies.
@@ -31,6 +37,9 @@ pub struct Gateway {
     /// Seconds since the epoch.
     pub started: u64,
     ready: watch::Sender<Readiness>,
+    history: Mutex<History>,
+    /// Why nothing may be served, if workers have other files of the model.
+    other_files: watch::Sender<Option<String>>,
     /// The workers' bound; 0 while unknown.
     cluster_context: watch::Sender<u32>,
 }
@@ -49,6 +58,7 @@ impl Gateway {
         let model = Arc::new(Model::load(&config.model_dir, config.max_context)?);
         let upstream =
             Arc::new(Upstream::new(&config.routers, &config.timeouts, dial, metrics.resumed.clone())?);
+        let keys = config.keys.file.as_deref().map(KeyRing::open).transpose()?;
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Ok(Gateway {
             names: names(&config),
@@ -57,12 +67,15 @@ impl Gateway {
             metrics,
             spans,
             records: Arc::default(),
+            keys,
             places: Arc::new(Semaphore::new(config.limits.concurrent_requests.min(Semaphore::MAX_PERMITS))),
             tokenizers: Arc::new(Semaphore::new(tokenizers(&config))),
             closing,
             started: since.as_secs(),
             ready: watch::Sender::new(Readiness::not("the router has not been asked yet")),
+            other_files: watch::Sender::new(None),
             cluster_context: watch::Sender::new(0),
+            history: Mutex::default(),
             config,
         })
     }
@@ -74,7 +87,12 @@ impl Gateway {
     /// Asks a router whether a request would succeed now.
     pub async fn look(&self) {
         let found = match self.upstream.status().await {
-            Ok(status) => cluster::usable(&status, &self.config.worker_model),
+            Ok(status) => {
+                self.other_files.send_replace(self.find_other_files(&status));
+                self.check_files()
+                    .map_err(|error| error.message)
+                    .and_then(|()| cluster::usable(&status, &self.config.worker_model))
+            }
             Err(error) => Err(error.message),
         };
         let state = match found {
@@ -87,6 +105,20 @@ impl Gateway {
         self.ready.send_replace(if *self.closing.borrow() { Readiness::not("stopping") } else { state });
     }
 
+    fn find_other_files(&self, status: &StatusReply) -> Option<String> {
+        let Config { match_files, worker_model, model_dir, .. } = &self.config;
+        let found = || cluster::other_files(status, worker_model, self.model.files, model_dir);
+        match_files.then(found).flatten()
+    }
+
+    /// An error if token ids may mean other text to a worker.
+    pub fn check_files(&self) -> Result<(), openai::Error> {
+        match &*self.other_files.borrow() {
+            Some(reason) => Err(self.overloaded(reason)),
+            None => Ok(()),
+        }
+    }
+
     pub async fn keep_looking(&self) {
         loop {
             self.look().await;
@@ -94,11 +126,29 @@ impl Gateway {
         }
     }
 
-    pub fn bounds(&self) -> Bounds {
+    pub fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub async fn keep_history(&self) {
+        let mut pace = interval(INTERVAL);
+        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            pace.tick().await;
+            let seen = self.upstream.statuses().await.ok();
+            self.history().sample(&self.metrics, seen.as_ref());
+        }
+    }
+
+    /// What holds for requests of `caller`.
+    pub fn bounds(&self, caller: Option<&Caller>) -> Bounds {
+        let limits = &self.config.limits;
+        let own = caller.and_then(|caller| caller.priority_min).unwrap_or(limits.priority_min);
         Bounds {
+            priorities: (own.clamp(limits.priority_min, limits.priority_max), limits.priority_max),
             max_context: self.max_context(),
-            prompt_tokens: self.config.limits.prompt_tokens,
-            sequences: self.config.limits.sequences,
+            prompt_tokens: limits.prompt_tokens,
+            sequences: limits.sequences,
             default_completion_tokens: self.config.default_completion_tokens,
         }
     }

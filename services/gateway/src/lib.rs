@@ -5,14 +5,23 @@ mod answer;
 mod api;
 mod cluster;
 mod config;
+mod connections;
 mod error;
 mod gateway;
+mod history;
+pub mod keys;
 mod model;
 mod observe;
+mod problems;
 mod record;
 mod server;
 mod text;
 
-pub use config::{Config, Limits, Stream, Timeouts};
+pub use config::{Config, Keys, Limits, Stream, Timeouts};
 pub use error::Error;
 pub use server::{Server, run};
+
+/// Reads what a gateway reads of a model directory; true if it could serve chat.
+pub fn check_model(directory: &std::path::Path) -> Result<bool, Error> {
+    Ok(model::Model::load(directory, 0)?.template.is_some())
+}

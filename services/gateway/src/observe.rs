@@ -2,6 +2,7 @@
 //! when dropped: a request that ended without an answer's code is one whose client left (499).
 
 use crate::gateway::Gateway;
+use crate::keys::Lease;
 use crate::record::{Measured, Record};
 use openai::Usage;
 use proto::latency::Meter;
@@ -27,6 +28,8 @@ pub struct Observation {
     seen: Mutex<Seen>,
     /// The place among concurrent requests, held for as long as this lives.
     _permit: Option<OwnedSemaphorePermit>,
+    /// The claim on the account of its key, if there are keys; as long.
+    lease: Option<Lease>,
 }
 
 struct Seen {
@@ -48,6 +51,7 @@ impl Observation {
         trace: TraceContext,
         gateway: Arc<Gateway>,
         permit: Option<OwnedSemaphorePermit>,
+        lease: Option<Lease>,
     ) -> Self {
         gateway.metrics.in_flight.inc();
         let start = Instant::now();
@@ -59,7 +63,7 @@ impl Observation {
             measured: Measured::default(),
         };
         let (code, seen) = (AtomicU16::new(0), Mutex::new(seen));
-        Observation { request_id, trace, endpoint, gateway, start, code, seen, _permit: permit }
+        Observation { request_id, trace, endpoint, gateway, start, code, seen, _permit: permit, lease }
     }
 
     /// The answer is complete, or failed with this status. The first word counts.
@@ -67,7 +71,15 @@ impl Observation {
         let _ = self.code.compare_exchange(0, code, Ordering::Relaxed, Ordering::Relaxed);
     }
 
+    /// Charges the account for all that the request may take.
+    pub fn charge(&self, tokens: u64) -> Result<(), openai::Error> {
+        self.lease.as_ref().map_or(Ok(()), |lease| lease.charge(tokens))
+    }
+
     pub fn used(&self, usage: Usage) {
+        if let Some(lease) = &self.lease {
+            lease.used(u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens));
+        }
         self.seen(|seen| seen.usage = usage);
     }
 
@@ -81,10 +93,10 @@ impl Observation {
             if seen.first_token.is_none() {
                 let after = now - self.start;
                 seen.first_token = Some(after);
-                metrics.time_to_first_token.observe(after.as_secs_f64(), exemplar, None);
+                metrics.time_to_first_token.observe(after.as_secs_f64(), exemplar);
             }
             if let Some(last) = seen.last.insert(index, now) {
-                metrics.inter_token_latency.observe((now - last).as_secs_f64(), exemplar, None);
+                metrics.inter_token_latency.observe((now - last).as_secs_f64(), exemplar);
             }
         });
     }

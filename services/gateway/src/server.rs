@@ -2,16 +2,17 @@
 
 use crate::api;
 use crate::config::ms;
+use crate::connections::{Settings, serve};
 use crate::gateway::Gateway;
 use crate::{Config, Error};
-use axum::Router;
 use axum::serve::{Listener, ListenerExt, TapIo};
+use credentials::{Metrics, Tls};
 use proto::Dial;
-use std::future::{Future, IntoFuture};
+use std::fmt;
+use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use std::{fmt, io};
 use telemetry::spans::Identity;
 use telemetry::{Registry, Spans};
 use tokio::net::{TcpListener, TcpStream};
@@ -24,6 +25,7 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 pub struct Server<L = Tcp> {
     gateway: Arc<Gateway>,
     registry: Arc<Registry>,
+    credentials: Metrics,
     public: L,
     admin: L,
     /// Set when running answers must end.
@@ -43,7 +45,10 @@ pub type Tcp = TapIo<TcpListener, fn(&mut TcpStream)>;
 impl Server {
     pub async fn bind(config: Config) -> Result<Self, Error> {
         let (public, admin) = (listen(config.listen).await?, listen(config.admin).await?);
-        Server::on(config, &Dial::default(), public, admin)
+        let credentials = Metrics::default();
+        let tls = config.tls.as_ref().map(|tls| Tls::open(tls, credentials.clone())).transpose()?;
+        let dial = tls.as_ref().map_or_else(Dial::default, Tls::dial);
+        Server::with(config, &dial, credentials, public, admin)
     }
 
     /// Where the OpenAI API is.
@@ -59,28 +64,36 @@ impl Server {
 impl<L: Listener<Addr: fmt::Debug>> Server<L> {
     /// On ports that are there already, with `dial` to reach routers.
     pub fn on(config: Config, dial: &Dial, public: L, admin: L) -> Result<Self, Error> {
+        Server::with(config, dial, Metrics::default(), public, admin)
+    }
+
+    fn with(config: Config, dial: &Dial, credentials: Metrics, public: L, admin: L) -> Result<Self, Error> {
         let mut registry = Registry::default();
+        credentials.register(&mut registry);
         let metrics = telemetry::gateway::Metrics::new(&mut registry);
         let spans = spans(&config, &mut registry)?;
         let (cut, closing) = watch::channel(false);
         let gateway = Arc::new(Gateway::new(config, dial, (metrics, spans), closing)?);
-        Ok(Server { gateway, registry: Arc::new(registry), public, admin, cut })
+        Ok(Server { gateway, registry: Arc::new(registry), credentials, public, admin, cut })
     }
 
     /// Until `shutdown`; then takes no more requests, lets running answers end for `drain_ms`, cuts the rest.
     pub async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
-        let Server { gateway, registry, public, admin, cut } = self;
+        let Server { gateway, registry, credentials, public, admin, cut } = self;
         let (stop, stopping) = watch::channel(false);
+        let settings = || Settings::new(&gateway.config);
         let serving = async {
-            tokio::try_join!(
-                serve(public, api::public(gateway.clone(), registry.clone()), stopping.clone()),
-                serve(admin, api::admin(gateway.clone(), registry), stopping),
+            tokio::join!(
+                serve(public, api::public(gateway.clone(), registry.clone()), settings(), stopping.clone()),
+                serve(admin, api::admin(gateway.clone(), registry), settings(), stopping),
             )
         };
         tokio::pin!(serving);
         tokio::select! {
-            result = &mut serving => return Ok(result.map(drop)?),
+            _ = &mut serving => return Ok(()),
             () = gateway.keep_looking() => {}
+            () = gateway.keep_history() => {}
+            () = follow_keys(&gateway, &credentials) => {}
             () = shutdown => {}
         }
         stop.send_replace(true);
@@ -100,6 +113,14 @@ fn spans(config: &Config, registry: &mut Registry) -> Result<Spans, Error> {
     Spans::start(&config.traces, &identity, registry).map_err(Error::Config)
 }
 
+/// Never ends.
+async fn follow_keys(gateway: &Gateway, metrics: &Metrics) {
+    match &gateway.keys {
+        Some(keys) => keys.follow(metrics).await,
+        None => std::future::pending().await,
+    }
+}
+
 async fn listen(address: SocketAddr) -> Result<Tcp, Error> {
     let listener = TcpListener::bind(address).await.map_err(|source| Error::Listen { address, source })?;
     Ok(listener.tap_io(send_at_once))
@@ -109,15 +130,6 @@ fn send_at_once(stream: &mut TcpStream) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "set_nodelay");
     }
-}
-
-async fn serve<L: Listener<Addr: fmt::Debug>>(
-    listener: L,
-    app: Router,
-    mut stopping: watch::Receiver<bool>,
-) -> io::Result<()> {
-    let stopped = async move { drop(stopping.wait_for(|stop| *stop).await) };
-    axum::serve(listener, app).with_graceful_shutdown(stopped).into_future().await
 }
 
 /// The one line on stdout, for whoever started this.

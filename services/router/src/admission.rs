@@ -265,5 +265,6 @@ fn queue_full(full: Full) -> Error {
     };
     let message =
         format!("the router's queue is full: {0} of {0} requests wait, {wait}; try again later", full.limit);
-    Error::new(ErrorCode::QueueFull, message)
+    let error = Error::new(ErrorCode::QueueFull, message);
+    full.predicted_wait.map_or(error.clone(), |wait| error.retry_after(wait))
 }

@@ -35,8 +35,8 @@ impl Channels {
         Channels { settings, dial, open: Mutex::default(), turn: AtomicUsize::new(0) }
     }
 
-    /// One of the connections to `address`, in turn. Fails only if the address is not a URL.
-    pub fn get(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
+    /// One of the connections to `address`, in turn. Fails only if the address is no URL, or one that is not dialled here.
+    pub fn get(&self, address: &str) -> Result<Channel, String> {
         let mut open = self.lock();
         if !open.contains_key(address) {
             let endpoint = self.endpoint(address)?;
@@ -53,9 +53,10 @@ impl Channels {
         self.lock().retain(|address, _| addresses.contains(address.as_str()));
     }
 
-    fn endpoint(&self, address: &str) -> Result<Endpoint, tonic::transport::Error> {
+    fn endpoint(&self, address: &str) -> Result<Endpoint, String> {
         let half = self.settings.silence / 2;
-        Ok(Endpoint::from_shared(address.to_owned())?
+        let endpoint = self.dial.endpoint(address)?;
+        Ok(endpoint
             .connect_timeout(self.settings.connect)
             .http2_keep_alive_interval(half)
             .keep_alive_timeout(half)

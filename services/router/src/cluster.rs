@@ -3,14 +3,15 @@
 //! one gives back what it stands for. Knows no sockets; policy decides, this remembers.
 
 use crate::{
+    lost::Lost,
     policy::{self, Candidate, Credits, Decision, Wanted},
     prefixes::Prefixes,
 };
 use kv::{BlockHash, hash_blocks};
 use membership::View;
-use proto::{Load, Member, Role};
+use proto::{Load, LostMember, Member, Role};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -35,6 +36,9 @@ pub struct Cluster {
 struct State {
     members: BTreeMap<String, Known>,
     turns: u64,
+    lost: Lost,
+    /// Since when the membership's source has not answered.
+    silent: Option<Instant>,
 }
 
 struct Known {
@@ -79,13 +83,15 @@ impl Cluster {
     /// Takes over a whole view.
     pub fn update(&self, view: &View) {
         let mut state = self.lock();
-        state.members.values_mut().for_each(|known| known.present = false);
+        let before = state.leave();
         for member in &view.members {
             match state.members.get_mut(&member.id) {
                 Some(known) => known.report(member),
                 None => drop(state.members.insert(member.id.clone(), self.newcomer(member))),
             }
         }
+        state.compare(before);
+        state.silent = if view.connected { None } else { state.silent.or_else(|| Some(Instant::now())) };
         state.members.retain(|_, known| known.present || known.slots > 0 || known.owed_requests > 0);
         drop(state);
         self.changed.notify_one();
@@ -212,10 +218,21 @@ impl Cluster {
         census
     }
 
-    pub fn members(&self) -> Vec<Member> {
+    /// Each member that is here, and its condition.
+    pub fn members(&self) -> Vec<(Member, String)> {
         let state = self.lock();
         let present = state.members.values().filter(|known| known.present);
-        present.map(|known| known.member.as_ref().clone()).collect()
+        present.map(|known| (known.member.as_ref().clone(), known.condition().to_owned())).collect()
+    }
+
+    /// Who went without having been told to; `missing` as in [`Lost::list`].
+    pub fn lost(&self, missing: impl Fn(i32) -> Option<u32>) -> Vec<LostMember> {
+        self.lock().lost.list(missing)
+    }
+
+    /// For how long the view has been the last one, its source not answering.
+    pub fn stale(&self) -> Option<Duration> {
+        self.lock().silent.map(|since| since.elapsed())
     }
 
     /// Makes [`Cluster::changed`] resolve.
@@ -250,6 +267,24 @@ impl Cluster {
 }
 
 impl State {
+    /// Nobody is here, until a view says so again. Returns who was.
+    fn leave(&mut self) -> BTreeSet<String> {
+        let present = self.members.iter_mut().filter(|(_, known)| known.present);
+        present.map(|(id, known)| (known.present = false, id.clone()).1).collect()
+    }
+
+    /// Who came and who was lost since `before`.
+    fn compare(&mut self, before: BTreeSet<String>) {
+        let State { members, lost, .. } = self;
+        for (id, known) in members.iter() {
+            match (before.contains(id), known.present) {
+                (true, false) if !known.member.draining => lost.add(known.member.clone()),
+                (false, true) => lost.replace(&known.member),
+                _ => {}
+            }
+        }
+    }
+
     /// The members as `wanted` sees them.
     fn candidates(&self, wanted: &Wanted, prompt: &Prompt, now: Instant) -> Vec<Candidate<'_>> {
         let shunned = |known: &Known| wanted.shuns(&known.member.id, now);

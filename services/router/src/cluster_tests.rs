@@ -119,3 +119,21 @@ async fn a_repeated_prompt_returns_to_the_member_that_has_it() {
     assert_eq!(again.decode.member.id, first);
     assert_eq!(again.uncached, 1, "one token is computed to sample the next from");
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_goes_without_leave_is_lost_and_a_silent_source_is_told() {
+    let cluster = Cluster::new(settings());
+    let [a, b] = ["a", "b"].map(|id| member(id, Role::Decode, 10));
+    cluster.update(&view(&[a.clone(), b.clone()]));
+    cluster.update(&view(&[Member { draining: true, ..a }, b]));
+    cluster.update(&view(&[]));
+    let lost: Vec<String> = cluster.lost(|_| None).into_iter().map(|lost| lost.member.unwrap().id).collect();
+    assert_eq!(lost, ["b"], "a was draining");
+    assert_eq!(cluster.stale(), None);
+    cluster.update(&View { connected: false, ..view(&[]) });
+    tokio::time::advance(Duration::from_secs(3)).await;
+    cluster.update(&View { connected: false, ..view(&[]) });
+    assert_eq!(cluster.stale(), Some(Duration::from_secs(3)));
+    cluster.update(&view(&[member("c", Role::Decode, 10)]));
+    assert_eq!((cluster.lost(|_| None).len(), cluster.stale()), (0, None), "c is in the place of b");
+}

@@ -1,6 +1,8 @@
 //! The router's configuration: one TOML file, read once at start. Durations are milliseconds.
 
+use credentials::TlsConfig;
 use membership::EtcdTls;
+use proto::Role;
 use serde::Deserialize;
 use std::{net::SocketAddr, time::Duration};
 use telemetry::Traces;
@@ -16,6 +18,8 @@ pub struct Config {
     pub etcd: Vec<String>,
     /// For endpoints on https: PEM files `ca`, and `cert` and `key` if etcd asks for a client certificate.
     pub etcd_tls: Option<EtcdTls>,
+    /// Secures the connections to gateways and workers, in both directions; all services must agree.
+    pub tls: Option<TlsConfig>,
     /// Name of this cluster among others in the same etcd.
     pub prefix: String,
     /// Silence after which a member is gone.
@@ -31,6 +35,28 @@ pub struct Config {
     pub liveness: Liveness,
     pub members: Members,
     pub traces: Traces,
+    pub pools: Pools,
+}
+
+/// How many workers of each role there should be, as whoever starts them knows; absent: unknown. It changes
+/// nothing but what is told: `/status`, `baton_members{state="desired"}`, the dashboard.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Pools {
+    pub prefill: Option<u32>,
+    pub decode: Option<u32>,
+    pub both: Option<u32>,
+}
+
+impl Pools {
+    pub fn desired(&self, role: Role) -> Option<u32> {
+        match role {
+            Role::Prefill => self.prefill,
+            Role::Decode => self.decode,
+            Role::Both => self.both,
+            Role::Unspecified => None,
+        }
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -93,6 +119,7 @@ impl Default for Config {
             admin: SocketAddr::from(([127, 0, 0, 1], 7701)),
             etcd: Vec::new(),
             etcd_tls: None,
+            tls: None,
             prefix: "baton".into(),
             lease_ms: 5_000,
             drain_ms: 5_000,
@@ -103,6 +130,7 @@ impl Default for Config {
             liveness: Liveness::default(),
             members: Members::default(),
             traces: Traces::default(),
+            pools: Pools::default(),
         }
     }
 }

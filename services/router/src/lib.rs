@@ -9,6 +9,7 @@ mod cluster;
 mod config;
 #[cfg(test)]
 mod fakes;
+mod lost;
 mod metrics;
 mod path;
 mod placed;
@@ -19,8 +20,9 @@ mod queue;
 mod request;
 mod serve;
 mod service;
+mod status;
 
-pub use config::{Config, Liveness, Members, Prefill, Queue};
+pub use config::{Config, Liveness, Members, Pools, Prefill, Queue};
 pub use serve::{Router, run};
 
 use std::{
@@ -32,6 +34,8 @@ use std::{
 pub enum Error {
     #[error("router configuration: {0}")]
     Config(String),
+    #[error("router: {0}")]
+    Tls(#[from] credentials::Error),
     #[error("router: {0}")]
     Membership(#[from] membership::Error),
     #[error(

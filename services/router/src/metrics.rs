@@ -39,13 +39,26 @@ impl Metrics {
         self.families.token_order_violations.inc();
     }
 
+    /// By cause.
+    pub fn migrations(&self) -> [(&'static str, u64); 4] {
+        router::CAUSES.map(|cause| (cause, self.families.migrated(cause)))
+    }
+
+    /// By outcome.
+    pub fn placements(&self) -> [(&'static str, u64); 4] {
+        router::OUTCOMES.map(|outcome| (outcome, self.families.placed(outcome)))
+    }
+
     /// Sets the gauges to what is now.
     pub fn observe(&self, shared: &Shared) {
         let depths = shared.admission.depths().into_iter().map(|(priority, depth)| (class(priority), depth));
         self.set(&self.families.queue_depth, "class", depths.collect());
         let census = shared.cluster.census().into_iter();
         let census = census.map(|((member, state), count)| (role(member, state), count));
-        self.set(&self.families.members, "role", census.collect());
+        let roles = [Role::Prefill, Role::Decode, Role::Both];
+        let desired = |of| shared.config.pools.desired(of).map(|count| (role(of, "desired"), count));
+        let desired = roles.into_iter().filter_map(desired);
+        self.set(&self.families.members, "role", census.chain(desired).collect());
         self.families.running.set(i64::try_from(shared.admission.running()).unwrap_or(i64::MAX));
     }
 

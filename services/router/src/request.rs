@@ -223,7 +223,7 @@ impl Life {
             error: Error::new(
                 ErrorCode::WorkerLost,
                 format!(
-                    "worker {} has announced `{}`, which is no address: {error}",
+                    "worker {} has announced `{}`, which is no address here: {error}",
                     member.id, member.address
                 ),
             ),
@@ -258,9 +258,8 @@ impl Life {
             return Err(error);
         }
         if self.failures >= self.shared.config.attempts {
-            let Error { code, message } = error;
-            let message = format!("gave up after {} failed placements; the last: {message}", self.failures);
-            return Err(Error { code, message });
+            let message = format!("gave up after {} failed placements; the last: {error}", self.failures);
+            return Err(Error { message, ..error });
         }
         Ok(())
     }

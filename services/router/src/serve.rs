@@ -13,6 +13,7 @@ use crate::{
     service::Service,
 };
 use axum::serve::Listener;
+use credentials::Tls;
 use futures::Stream;
 use membership::{Membership, MembershipConfig, RegistryServer, View};
 use proto::{Dial, router_server::RouterServer};
@@ -32,8 +33,8 @@ use telemetry::{Registry, Spans, admin, admin::Readiness, spans::Identity};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
-    sync::watch,
-    time::{Instant, sleep},
+    sync::{oneshot, watch},
+    time::{Instant, sleep, timeout},
 };
 use tonic::transport::{
     Server,
@@ -45,6 +46,8 @@ const OBSERVE: Duration = Duration::from_millis(250);
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 const FRAME: u32 = 1 << 20;
+/// Longest wait for connections to close once nothing runs any more, or may no longer.
+const CLOSE: Duration = Duration::from_millis(500);
 /// Streams of one connection besides requests: registry, status, health, reflection.
 const OTHER_STREAMS: usize = 256;
 
@@ -52,9 +55,11 @@ const OTHER_STREAMS: usize = 256;
 pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
     let router = Router::new(config)?;
     let (grpc, admin) = (listen(router.config.listen).await?, listen(router.config.admin).await?);
-    announce(&grpc, &admin)?;
-    let incoming = TcpIncoming::from(grpc).with_nodelay(Some(true));
-    router.serve(incoming, admin, shutdown).await
+    announce(&grpc, &admin, router.dial.scheme())?;
+    match router.tls.clone() {
+        Some(tls) => router.serve(tls.incoming(grpc), admin, shutdown).await,
+        None => router.serve(TcpIncoming::from(grpc).with_nodelay(Some(true)), admin, shutdown).await,
+    }
 }
 
 /// A router that has no ports yet.
@@ -62,13 +67,18 @@ pub struct Router {
     config: Config,
     source: Source,
     dial: Dial,
+    tls: Option<Tls>,
+    credentials: credentials::Metrics,
 }
 
 impl Router {
-    /// With the membership that the configuration names, reaching workers over TCP.
+    /// With the membership that the configuration names, reaching workers over TCP, secured if it says so.
     pub fn new(config: Config) -> Result<Self, Error> {
         config.check().map_err(Error::Config)?;
-        Ok(Router { source: Source::new(&config)?, config, dial: Dial::default() })
+        let credentials = credentials::Metrics::default();
+        let tls = config.tls.as_ref().map(|tls| Tls::open(tls, credentials.clone())).transpose()?;
+        let dial = tls.as_ref().map_or_else(Dial::default, Tls::dial);
+        Ok(Router { source: Source::new(&config)?, config, dial, tls, credentials })
     }
 
     /// With this membership, whatever the configuration names.
@@ -92,20 +102,29 @@ impl Router {
         C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
         L: Listener<Addr: fmt::Debug>,
     {
-        let Router { config, source, dial } = self;
+        let Router { config, source, dial, tls: _tls, credentials } = self;
         let mut registry = Registry::default();
+        credentials.register(&mut registry);
         let shared = Arc::new(shared(config, dial, &mut registry)?);
         let (readiness, ready) = watch::channel(Readiness::not("starting"));
-        let stopped = drained(&shared, &source, shutdown);
-        let server = grpc_server(&shared, &source).await?.serve_with_incoming(incoming);
+        let (stop, stopping) = oneshot::channel::<()>();
+        let stopping = async { drop(stopping.await) };
+        let server = grpc_server(&shared, &source).await?.serve_with_incoming_shutdown(incoming, stopping);
+        tokio::pin!(server);
         let served = tokio::select! {
-            () = stopped => Ok(()),
-            result = server => Ok(result?),
+            () = drained(&shared, &source, shutdown) => Ok(()),
+            result = &mut server => {
+                shared.spans.flush().await;
+                return Ok(result?);
+            }
             result = admin::serve(admin, registry, ready, axum::Router::new(), std::future::pending()) => Ok(result?),
             () = follow(&shared, source.watch(), readiness) => Ok(()),
             () = shared.admission.run() => Ok(()),
             () = probe::run(&shared) => Ok(()),
         };
+        drop(stop);
+        // The last events of requests that have just ended are still on their way.
+        let _ = timeout(CLOSE, server).await;
         shared.spans.flush().await;
         served
     }
@@ -239,9 +258,10 @@ async fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
 }
 
 /// The one line on stdout: where we listen, as ports may have been 0.
-fn announce(grpc: &TcpListener, admin: &TcpListener) -> Result<(), Error> {
-    let url = |listener: &TcpListener| listener.local_addr().map(|address| format!("http://{address}"));
-    let listening = serde_json::json!({"listening": {"grpc": url(grpc)?, "admin": url(admin)?}});
+fn announce(grpc: &TcpListener, admin: &TcpListener, scheme: &str) -> Result<(), Error> {
+    let (grpc, admin) = (grpc.local_addr()?, admin.local_addr()?);
+    let (grpc, admin) = (format!("{scheme}://{grpc}"), format!("http://{admin}"));
+    let listening = serde_json::json!({"listening": {"grpc": grpc, "admin": admin}});
     // Whoever started us may not listen.
     let _ = writeln!(std::io::stdout(), "{listening}");
     Ok(())
@@ -256,8 +276,6 @@ mod tests {
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::TcpStream,
-        sync::oneshot,
-        time::timeout,
     };
 
     async fn free_address() -> SocketAddr {
@@ -314,6 +332,39 @@ mod tests {
         until("counts", admin, "/metrics", "baton_members{role=\"decode\",state=\"ready\"} 1").await;
 
         stop.send(()).unwrap();
+        timeout(Duration::from_secs(2), router).await.expect("stops in time").unwrap().unwrap();
+    }
+
+    /// A gateway that reads slowly has events outstanding when its request has ended and the router stops.
+    #[tokio::test]
+    async fn the_last_events_get_out() {
+        let (listen, admin) = (free_address().await, free_address().await);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let config = Config { listen, admin, ..fakes::config() };
+        let router = tokio::spawn(run(config, async { drop(stopped.await) }));
+        while TcpStream::connect(admin).await.is_err() {
+            sleep(Duration::from_millis(10)).await;
+        }
+        let members = connect(MembershipConfig::registry(format!("http://{listen}"))).unwrap();
+        let world = Arc::new(World::default());
+        let _prefill = members.join(world.worker("p", Role::Prefill).await);
+        let _decode = members.join(world.worker("d", Role::Decode).await);
+        until("ready", admin, "/ready", "HTTP/1.1 200").await;
+
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{listen}")).unwrap();
+        let channel = endpoint.initial_stream_window_size(64).connect().await.unwrap();
+        let mut client = RouterClient::new(channel);
+        let mut events = client.generate(fakes::request(10, 20)).await.unwrap().into_inner();
+        until("has it ended", admin, "/metrics", "baton_router_running 0").await;
+        sleep(Duration::from_millis(300)).await;
+        stop.send(()).unwrap();
+        sleep(Duration::from_millis(100)).await;
+        let (mut tokens, mut last) = (0, None);
+        while let Some(event) = events.message().await.expect("the stream ends in good order") {
+            tokens += u32::from(matches!(event.event, Some(Event::Token(_))));
+            last = event.event;
+        }
+        assert!(tokens == 20 && matches!(last, Some(Event::Finished(_))), "{tokens} tokens, {last:?}");
         timeout(Duration::from_secs(2), router).await.expect("stops in time").unwrap().unwrap();
     }
 

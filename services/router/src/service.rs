@@ -1,11 +1,11 @@
 //! The `Router` service: checks what a gateway asks, starts the request's life, and hands out its events.
 //! Dropping the response ends the life at once, and with it everything the request holds.
 
-use crate::{Shared, config, request::Life};
+use crate::{Shared, config, request::Life, status};
 use futures::Stream;
 use proto::{
-    Error, ErrorCode, GenerateEvent, GenerateRequest, Heartbeat, QueueDepth, Sequence, StatusReply,
-    StatusRequest, generate_event::Event, router_server::Router,
+    Error, ErrorCode, GenerateEvent, GenerateRequest, Heartbeat, Sequence, StatusReply, StatusRequest,
+    generate_event::Event, router_server::Router,
 };
 use std::{
     future::Future,
@@ -50,19 +50,8 @@ impl Router for Service {
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
-        let admission = &self.shared.admission;
-        let queue = admission.depths().into_iter().map(|(priority, depth)| QueueDepth { priority, depth });
-        Ok(Response::new(StatusReply {
-            members: self.shared.cluster.members(),
-            queue: queue.collect(),
-            running: count(admission.running()),
-            queue_limit: count(admission.queue_limit()),
-        }))
+        Ok(Response::new(status::status(&self.shared)))
     }
-}
-
-fn count(number: usize) -> u32 {
-    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 fn checked(sequence: Option<Sequence>) -> Result<Sequence, Error> {

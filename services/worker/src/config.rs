@@ -1,6 +1,7 @@
 //! The worker's configuration: one TOML file, read once at start. Durations are milliseconds.
 
 use crate::{Error, simulated};
+use credentials::TlsConfig;
 use handoff::{Patience, deliver};
 use membership::MembershipConfig;
 use serde::{Deserialize, Serialize};
@@ -45,7 +46,14 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Health, readiness, metrics and `/debug/pool` over HTTP.
     pub admin: SocketAddr,
-    /// http://host:port under which routers and prefill workers reach `listen`; needed when that is 0.0.0.0.
+    /// The token that whoever asks this worker to leave must bring (`authorization: Bearer …`); absent: everybody who reaches
+    /// `admin` may ask.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin_token_file: Option<PathBuf>,
+    /// Secures the connections to routers and other workers, in both directions; all services must agree.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsConfig>,
+    /// http://host:port (https:// with `tls`) under which routers and prefill workers reach `listen`; needed when that is 0.0.0.0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advertise: Option<String>,
     /// The same for `admin`.
@@ -157,6 +165,8 @@ impl Default for Config {
             served_model_name: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             admin: SocketAddr::from(([127, 0, 0, 1], 0)),
+            admin_token_file: None,
+            tls: None,
             advertise: None,
             advertise_admin: None,
             block_tokens: 64,
@@ -268,7 +278,24 @@ impl Config {
                 return Err(wrong(key, "is needed when listening on every address", fix));
             }
         }
-        Ok(())
+        let scheme = format!("{}://", self.scheme());
+        let mut addresses = self.advertise.iter().chain(&self.membership.registry);
+        match (addresses.all(|url| url.starts_with(&scheme)), &self.tls) {
+            (true, _) => Ok(()),
+            (false, Some(_)) => {
+                let what = "is set, but advertise or membership.registry is not https";
+                Err(wrong("tls", what, "write https://host:port"))
+            }
+            (false, None) => {
+                let what = "is not set, but advertise or membership.registry is not http";
+                Err(wrong("tls", what, "set tls, or write http://host:port"))
+            }
+        }
+    }
+
+    /// Of the addresses of services.
+    pub(crate) fn scheme(&self) -> &'static str {
+        if self.tls.is_some() { "https" } else { "http" }
     }
 
     pub(crate) fn patience(&self) -> Patience {
@@ -347,6 +374,9 @@ mod tests {
             ("load_format = \"gguf\"", "unknown variant `gguf`"),
             ("listen = \"0.0.0.0:7000\"", "advertise"),
             ("liveness.silence_ms = 1500", "silence_ms"),
+            ("tls = {ca = \"a\", cert = \"b\", key = \"c\"}", "is not https"),
+            ("advertise = \"https://a:1\"", "set tls"),
+            ("tls = {ca = \"a\", cert = \"b\"}", "missing field `key`"),
         ] {
             assert!(check(toml).contains(part), "{toml}: {}", check(toml));
         }

@@ -16,6 +16,12 @@ pub enum Error {
     Transport(handoff::Error),
     #[error("configuration: {0}")]
     Traces(String),
+    #[error("cannot load the model: {0}")]
+    Files(std::io::Error),
+    #[error(transparent)]
+    Tls(#[from] credentials::Error),
+    #[error("`admin_token_file`: {0}")]
+    AdminToken(String),
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
     #[error("the engine stopped: {0}; the worker cannot go on and must be started again")]

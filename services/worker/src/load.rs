@@ -58,7 +58,7 @@ fn simulate(config: &Config, on_step: OnStep) -> Result<Loaded, Error> {
     let options = simulated::options(config)?;
     let weights_fingerprint = simulated::weights_fingerprint(&options, config.seed);
     let engine = engine::spawn(SimExecutor::new(options), engine_config(config, on_step));
-    Ok(loaded(config, engine, weights_fingerprint, &directory_name(&config.model)))
+    loaded(config, engine, weights_fingerprint, &directory_name(&config.model))
 }
 
 /// Measures the model on the backend that the options name.
@@ -103,6 +103,16 @@ fn open_pool<B: Backend>(
     Ok(ModelExecutor::new(runner, None).map_err(Error::Thread)?.kv_memory())
 }
 
+/// Whether this binary has kernels for GPUs, and whether the driver's library can be loaded here.
+pub fn cuda() -> (bool, bool) {
+    (kernels::cuda::device::is_built(), kernels::cuda::device::is_driver_present())
+}
+
+/// Whether NIXL can be used: it is in this binary, and its library can be loaded here.
+pub fn nixl() -> Result<(), Error> {
+    handoff::nixl::check().map_err(Error::Transport)
+}
+
 /// Rates of the link to the device, where there is one.
 pub(crate) fn link(backend: &str, bytes: usize) -> Result<Option<LinkRates>, Error> {
     let rates = (backend == "cuda").then(|| link_rates(0, bytes));
@@ -118,15 +128,21 @@ fn launch<B: Backend>(config: &Config, backend: B, kv: KvSize, on_step: OnStep) 
     let model = runner.model().clone();
     let executor = ModelExecutor::new(runner, config.debug.fail_step).map_err(Error::Thread)?;
     let engine = engine::spawn(executor, engine_config(config, on_step));
-    Ok(loaded(config, engine, model.weights_fingerprint, &model.name))
+    loaded(config, engine, model.weights_fingerprint, &model.name)
 }
 
 /// `name`: under which the model is served, if the configuration gives none.
-pub fn loaded(config: &Config, engine: EngineHandle, weights_fingerprint: u64, name: &str) -> Loaded {
+pub fn loaded(
+    config: &Config,
+    engine: EngineHandle,
+    weights_fingerprint: u64,
+    name: &str,
+) -> Result<Loaded, Error> {
     let limits = engine.limits();
     let bounds = Bounds { vocab_size: limits.vocab_size, max_context: limits.max_context };
     let model = config.served_model_name.clone().unwrap_or_else(|| name.to_owned());
-    Loaded { engine, identity: Identity { weights_fingerprint, bounds }, model }
+    let files_fingerprint = proto::files_fingerprint(&config.model).map_err(Error::Files)?;
+    Ok(Loaded { engine, identity: Identity { weights_fingerprint, files_fingerprint, bounds }, model })
 }
 
 fn directory_name(path: &Path) -> String {

@@ -3,7 +3,7 @@
 use crate::shared::Shared;
 use engine::EngineLoad;
 use membership::Registration;
-use proto::{Load, Member};
+use proto::{Load, Member, Totals};
 use std::time::Duration;
 use tokio::time::MissedTickBehavior;
 
@@ -29,10 +29,11 @@ pub fn record(shared: &Shared, addresses: &Addresses, model: &str) -> Member {
         max_context: shared.bounds.max_context,
         draining: false,
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        load: Some(load(shared.load())),
+        load: Some(load(shared.load(), shared.metrics.totals())),
         pid: std::process::id(),
         max_sequences: config.max_sequences,
         backend: config.backend.clone(),
+        files_fingerprint: shared.files_fingerprint,
     }
 }
 
@@ -44,7 +45,7 @@ fn role(role: crate::Role) -> proto::Role {
     }
 }
 
-fn load(load: EngineLoad) -> Load {
+fn load(load: EngineLoad, totals: Totals) -> Load {
     let blocks = load.blocks;
     Load {
         blocks_total: blocks.total,
@@ -56,6 +57,7 @@ fn load(load: EngineLoad) -> Load {
         step: load.step,
         blocks_cached: blocks.cached,
         blocks_quarantined: blocks.quarantined,
+        totals: Some(totals),
     }
 }
 
@@ -72,6 +74,7 @@ pub async fn tell_load(registration: &Registration, shared: &Shared) {
         }
         let now = *loads.borrow_and_update();
         shared.metrics.loaded(&now);
-        registration.update(|member| member.load = Some(load(now)));
+        let totals = shared.metrics.totals();
+        registration.update(|member| member.load = Some(load(now, totals)));
     }
 }

@@ -4,7 +4,8 @@
 use crate::{Role, Transport, call::Stop};
 use engine::{EngineLoad, StepRecord};
 use handoff::receive::{Outcome, Received};
-use proto::ErrorCode;
+use proto::{ErrorCode, Totals};
+use std::sync::{Arc, Mutex, PoisonError};
 use telemetry::{Registry, worker};
 
 #[derive(Clone)]
@@ -12,6 +13,8 @@ pub struct Metrics {
     role: &'static str,
     transport: &'static str,
     inner: worker::Metrics,
+    /// Told with the member's load, so that whoever sees the members can add them up.
+    totals: Arc<Mutex<Totals>>,
 }
 
 impl Metrics {
@@ -21,7 +24,7 @@ impl Metrics {
         inner.count_bytes(transport, 0);
         inner.count_refused(transport, 0);
         inner.count_overdue(transport, 0);
-        Metrics { role: role.name(), transport, inner }
+        Metrics { role: role.name(), transport, inner, totals: Arc::default() }
     }
 
     pub fn loaded(&self, load: &EngineLoad) {
@@ -38,7 +41,19 @@ impl Metrics {
         self.inner.waiting.set(i64::from(load.waiting));
     }
 
+    pub fn totals(&self) -> Totals {
+        *self.totals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn total(&self, add: impl FnOnce(&mut Totals)) {
+        add(&mut self.totals.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
     pub fn step(&self, step: StepRecord) {
+        self.total(|totals| {
+            totals.completion_tokens += step.decoding as u64;
+            totals.prompt_tokens += (step.tokens - step.decoding) as u64;
+        });
         self.inner.observe_step(step.kind.label(), step.tokens, step.elapsed);
     }
 
@@ -47,8 +62,13 @@ impl Metrics {
         self.inner.count_refused(self.transport, received.refused.into());
         self.overdue(received.overdue);
         self.inner.count_handoff(label(outcome));
+        self.total(|totals| totals.handoff_bytes += received.bytes);
         if received.blocks > 0 && matches!(outcome, Ok(Outcome::Complete(_))) {
             self.inner.handoff_seconds.observe(received.elapsed.as_secs_f64());
+            self.total(|totals| {
+                totals.handoffs += 1;
+                totals.handoff_us += received.elapsed.as_micros() as u64;
+            });
         }
     }
 

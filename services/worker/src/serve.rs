@@ -3,18 +3,20 @@
 use crate::{
     Config, Error, buffers,
     decode::DecodeService,
-    health, leave,
+    guard, health, leave,
     load::{self, Loaded, OnStep},
     member::{self, Addresses},
     metrics::Metrics,
     pool,
     prefill::PrefillService,
+    probe::{self, ReachService},
     shared::Shared,
 };
 use axum::serve::Listener;
+use credentials::Tls;
 use handoff::serve::HandoffServer;
 use membership::Membership;
-use proto::{Dial, decode_server::DecodeServer, prefill_server::PrefillServer};
+use proto::{Dial, decode_server::DecodeServer, prefill_server::PrefillServer, reach_server::ReachServer};
 use std::{
     fmt,
     future::Future,
@@ -41,11 +43,17 @@ const CLOSE: Duration = Duration::from_millis(500);
 pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
     config.check()?;
     buffers::keep();
-    let membership = membership::connect(config.membership.clone())?;
+    let credentials = credentials::Metrics::default();
+    let tls = config.tls.as_ref().map(|tls| Tls::open(tls, credentials.clone())).transpose()?;
+    let dial = tls.as_ref().map_or_else(Dial::default, Tls::dial);
+    let membership = membership::connect_by(config.membership.clone(), dial.clone())?;
     let Listeners { grpc, admin, addresses } = Listeners::bind(&config).await?;
     addresses.announce();
-    let place = Place { addresses, membership, dial: Dial::default() };
-    serve(config, place, handoff::transport::incoming(grpc), admin, load::load, shutdown).await
+    let place = Place { addresses, membership, dial, credentials };
+    match tls {
+        Some(tls) => serve(config, place, tls.incoming(grpc), admin, load::load, shutdown).await,
+        None => serve(config, place, handoff::transport::incoming(grpc), admin, load::load, shutdown).await,
+    }
 }
 
 /// Where a worker stands among others.
@@ -55,6 +63,8 @@ pub struct Place {
     pub membership: Arc<dyn Membership>,
     /// How it reaches others.
     pub dial: Dial,
+    /// What happens to what it shows others, and they show it.
+    pub credentials: credentials::Metrics,
 }
 
 /// The same on ports that are there already, with the engine that `load` starts.
@@ -79,7 +89,10 @@ where
     let (ready, readiness) = watch::channel(Readiness::not("loading the model"));
     let (current, pool) = watch::channel(None);
     let asked = CancellationToken::new();
-    let routes = pool::router(pool).merge(leave::router(asked.clone())).merge(phase::routes());
+    let Place { addresses, membership, dial, credentials } = place;
+    credentials.register(&mut registry);
+    let changing = leave::router(asked.clone()).merge(phase::routes()).merge(probe::router(pool.clone()));
+    let routes = pool::router(pool).merge(guard::guard(changing, config.admin_token_file.clone())?);
     let admin = Server::spawn(|stop| admin::serve(admin, registry, readiness, routes, stop));
     let shutdown = async {
         tokio::select! {
@@ -99,7 +112,6 @@ where
             return Ok(());
         }
     };
-    let Place { addresses, membership, dial } = place;
     let shared = Arc::new(Shared::new(id, config, dial, engine, identity, (metrics, spans))?);
     shared.metrics.loaded(&shared.load());
     current.send_replace(Some(shared.clone()));
@@ -121,12 +133,12 @@ impl Listeners {
     async fn bind(config: &Config) -> Result<Self, Error> {
         let (grpc, grpc_at) = bind(config.listen).await?;
         let (admin, admin_at) = bind(config.admin).await?;
-        let advertised = |advertise: &Option<String>, at: SocketAddr| {
-            advertise.clone().unwrap_or_else(|| format!("http://{at}"))
+        let advertised = |advertise: &Option<String>, scheme: &str, at: SocketAddr| {
+            advertise.clone().unwrap_or_else(|| format!("{scheme}://{at}"))
         };
         let addresses = Addresses {
-            grpc: advertised(&config.advertise, grpc_at),
-            admin: advertised(&config.advertise_admin, admin_at),
+            grpc: advertised(&config.advertise, config.scheme(), grpc_at),
+            admin: advertised(&config.advertise_admin, "http", admin_at),
         };
         Ok(Listeners { grpc, admin, addresses })
     }
@@ -164,6 +176,7 @@ where
     health.set_serving::<DecodeServer<DecodeService>>().await;
     health.set_serving::<PrefillServer<PrefillService>>().await;
     health.set_serving::<HandoffServer<Shared>>().await;
+    health.set_serving::<ReachServer<ReachService>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
         .build_v1()
@@ -175,6 +188,7 @@ where
         .add_service(decode)
         .add_service(prefill)
         .add_service(handoff)
+        .add_service(ReachService::server(shared.clone()))
         .serve_with_incoming_shutdown(incoming, stop);
     tokio::select! {
         ended = server => ended,

@@ -23,6 +23,7 @@ pub struct Shared {
     pub layout: KvLayout,
     pub layout_fingerprint: u64,
     pub weights_fingerprint: u64,
+    pub files_fingerprint: u64,
     pub bounds: Bounds,
     pub reservations: Reservations,
     pub channels: Channels,
@@ -42,6 +43,8 @@ pub struct Shared {
 /// What distinguishes a loaded model to its peers.
 pub struct Identity {
     pub weights_fingerprint: u64,
+    /// Of what gateways read of the model.
+    pub files_fingerprint: u64,
     pub bounds: Bounds,
 }
 
@@ -72,6 +75,7 @@ impl Shared {
             layout,
             layout_fingerprint: layout.fingerprint() ^ of_transport(config.handoff.transport),
             weights_fingerprint: identity.weights_fingerprint,
+            files_fingerprint: identity.files_fingerprint,
             bounds: identity.bounds,
             reservations: Reservations::new(memory.blocks() as usize),
             channels: Channels::new(dial),

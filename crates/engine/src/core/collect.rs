@@ -42,6 +42,7 @@ impl Core {
         Ok(StepRecord {
             kind: prepared.kind(),
             tokens: prepared.tokens,
+            decoding: prepared.decoding(),
             sequences: prepared.parts.len(),
             elapsed: output.elapsed,
         })

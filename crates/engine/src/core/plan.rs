@@ -26,9 +26,12 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
+    pub fn decoding(&self) -> usize {
+        self.parts.iter().filter(|part| part.decodes).count()
+    }
+
     pub fn kind(&self) -> StepKind {
-        let decodes = self.parts.iter().filter(|part| part.decodes).count();
-        match decodes {
+        match self.decoding() {
             0 => StepKind::Prefill,
             all if all == self.parts.len() => StepKind::Decode,
             _ => StepKind::Mixed,

@@ -28,6 +28,12 @@ const RESERVATION: u64 = 77;
 const WEIGHTS: u64 = 5;
 const TOKENS: u32 = 30;
 
+/// BATON_SLOW times as long, for machines that are that much slower: emulated ones.
+fn slowed(duration: Duration) -> Duration {
+    let times = std::env::var("BATON_SLOW").map_or(1, |times| times.parse().expect("BATON_SLOW is a number"));
+    duration * times
+}
+
 fn tokens() -> Vec<u32> {
     (0..TOKENS).collect()
 }
@@ -100,7 +106,7 @@ impl Decode {
             present,
             weights_fingerprint: WEIGHTS,
             patience: Patience {
-                silence: Duration::from_secs(5),
+                silence: slowed(Duration::from_secs(5)),
                 delivery: delivery_patience,
                 landing: over.landing(),
             },
@@ -190,10 +196,12 @@ over_each!(
     a_commit_counts_for_its_own_epoch_only,
 );
 
-const LONG: Duration = Duration::from_secs(20);
+fn long() -> Duration {
+    slowed(Duration::from_secs(20))
+}
 
 async fn blocks_arrive_where_they_belong_and_are_released_once(over: Over) {
-    let mut decode = Decode::start(over, 2, LONG).await;
+    let mut decode = Decode::start(over, 2, long()).await;
     let delivery = deliver(decode.open(Order { present: 2, ..order(&decode) }));
     let ((sent, mut released), outcome) = tokio::join!(delivery, decode.incoming.run());
     let payload: usize = (2..blocks()).map(|index| content(index).len()).sum();
@@ -209,7 +217,7 @@ async fn blocks_arrive_where_they_belong_and_are_released_once(over: Over) {
 }
 
 async fn a_block_that_could_not_be_kept_is_sent_again(over: Over) {
-    let mut decode = Decode::start(over, 0, LONG).await;
+    let mut decode = Decode::start(over, 0, long()).await;
     decode.memory.broken.lock().unwrap().extend([3, 7]);
     let ((sent, _), outcome) = tokio::join!(deliver(decode.open(order(&decode))), decode.incoming.run());
     assert_eq!(sent.unwrap().blocks, blocks());
@@ -220,7 +228,7 @@ async fn a_block_that_could_not_be_kept_is_sent_again(over: Over) {
 }
 
 async fn a_block_in_which_a_bit_flipped_is_sent_again(over: Over) {
-    let mut decode = Decode::start(over, 0, LONG).await;
+    let mut decode = Decode::start(over, 0, long()).await;
     decode.memory.flaky.lock().unwrap().insert(5);
     let ((sent, _), outcome) = tokio::join!(deliver(decode.open(order(&decode))), decode.incoming.run());
     assert_eq!(sent.unwrap().blocks, blocks());
@@ -231,7 +239,7 @@ async fn a_block_in_which_a_bit_flipped_is_sent_again(over: Over) {
 
 /// Delivers what is announced under `bindings`: refused as often as it is tried, and nothing is kept.
 async fn assert_refused(over: Over, bindings: Vec<Binding>, wrong: &[u32]) {
-    let mut decode = Decode::start(over, 0, LONG).await;
+    let mut decode = Decode::start(over, 0, long()).await;
     let order = Order { bindings, ..order(&decode) };
     let error = tokio::select! {
         (result, released) = deliver(decode.open(order)) => {
@@ -261,7 +269,7 @@ async fn blocks_that_changed_places_are_refused(over: Over) {
 }
 
 async fn who_does_not_match_is_told_why(over: Over) {
-    let mut decode = Decode::start(over, 0, LONG).await;
+    let mut decode = Decode::start(over, 0, long()).await;
     for (order, code, part) in [
         (
             Order { weights_fingerprint: 6, ..order(&decode) },
@@ -287,7 +295,7 @@ async fn who_does_not_match_is_told_why(over: Over) {
 }
 
 async fn the_next_epoch_keeps_what_was_accepted_and_fences_the_old(over: Over) {
-    let mut decode = Decode::start(over, 0, LONG).await;
+    let mut decode = Decode::start(over, 0, long()).await;
     let mut old = decode.open(order(&decode));
     for index in 0..3 {
         old.computed(index, 40 - index, 1);
@@ -314,7 +322,7 @@ async fn the_next_epoch_keeps_what_was_accepted_and_fences_the_old(over: Over) {
 }
 
 async fn a_prefill_that_leaves_is_waited_for_only_so_long(over: Over) {
-    let mut decode = Decode::start(over, 0, Duration::from_millis(300)).await;
+    let mut decode = Decode::start(over, 0, slowed(Duration::from_millis(300))).await;
     let mut delivery = decode.open(order(&decode));
     delivery.computed(0, 40, 1);
     tokio::select! {
@@ -327,13 +335,13 @@ async fn a_prefill_that_leaves_is_waited_for_only_so_long(over: Over) {
 }
 
 async fn a_reservation_that_ends_under_a_write_says_so_until_the_write_has_landed(over: Over) {
-    let mut decode = Decode::start(over, 0, LONG).await;
+    let mut decode = Decode::start(over, 0, long()).await;
     decode.memory.slow.lock().unwrap().extend([2, 5]);
     let delivery = tokio::spawn(deliver(decode.open(order(&decode))));
     while decode.memory.waiting.lock().unwrap().len() < 2 {
         tokio::select! {
             outcome = decode.incoming.run() => panic!("{outcome:?}"),
-            () = tokio::time::sleep(Duration::from_millis(5)) => {}
+            () = tokio::time::sleep(slowed(Duration::from_millis(5))) => {}
         }
     }
     let unsettled = decode.incoming.close().expect("two writes are in flight");
@@ -350,7 +358,7 @@ async fn a_reservation_that_ends_under_a_write_says_so_until_the_write_has_lande
 /// Both sides live and beat; without this nothing would end the wait.
 #[tokio::test]
 async fn a_reservation_is_given_up_when_its_own_device_does_not_copy() {
-    let mut decode = Decode::start(Over::Grpc, 0, LONG).await;
+    let mut decode = Decode::start(Over::Grpc, 0, long()).await;
     decode.memory.slow.lock().unwrap().insert(3);
     let delivery = tokio::spawn(deliver(decode.open(order(&decode))));
     assert!(matches!(decode.incoming.run().await, Outcome::Stalled));
@@ -365,7 +373,7 @@ async fn a_reservation_is_given_up_when_its_own_device_does_not_copy() {
 /// Decode lives and says so: nothing else would end the wait.
 #[tokio::test]
 async fn a_delivery_ends_when_its_own_device_does_not_copy() {
-    let mut decode = Decode::start(Over::Grpc, 0, LONG).await;
+    let mut decode = Decode::start(Over::Grpc, 0, long()).await;
     let source = source();
     source.slow.lock().unwrap().insert(37);
     let (beat, silence) = (Duration::from_millis(20), Duration::from_millis(300));
@@ -385,13 +393,13 @@ async fn a_delivery_ends_when_its_own_device_does_not_copy() {
 }
 
 async fn a_commit_counts_for_its_own_epoch_only(over: Over) {
-    let mut decode = Decode::start(over, 0, LONG).await;
+    let mut decode = Decode::start(over, 0, long()).await;
     // The last block does not land, so that the old epoch commits and stays incomplete.
     decode.memory.slow.lock().unwrap().insert(blocks());
     let old = tokio::spawn(deliver(decode.open(order(&decode))));
     tokio::select! {
         outcome = decode.incoming.run() => panic!("{outcome:?}"),
-        () = tokio::time::sleep(Duration::from_millis(200)) => {}
+        () = tokio::time::sleep(slowed(Duration::from_millis(200))) => {}
     }
     let Answer::Advanced { epoch: 2, accepted } = decode.incoming.advance(1) else { panic!("no new epoch") };
     assert_eq!(accepted.len() as u32, blocks() - 1);
@@ -400,7 +408,7 @@ async fn a_commit_counts_for_its_own_epoch_only(over: Over) {
     let new = tokio::spawn(deliver_with(decode.open(Order { epoch: 2, ..order(&decode) }), other.clone()));
     tokio::select! {
         outcome = decode.incoming.run() => panic!("{outcome:?}"),
-        () = tokio::time::sleep(Duration::from_millis(200)) => {}
+        () = tokio::time::sleep(slowed(Duration::from_millis(200))) => {}
     }
     decode.memory.land();
     let outcome = decode.incoming.run().await;
@@ -418,7 +426,7 @@ async fn a_commit_counts_for_its_own_epoch_only(over: Over) {
 #[tokio::test]
 async fn workers_of_different_transports_are_told() {
     for (decode_over, prefill_over) in [(Over::Grpc, Over::Copies), (Over::Copies, Over::Grpc)] {
-        let mut decode = Decode::start(decode_over, 0, LONG).await;
+        let mut decode = Decode::start(decode_over, 0, long()).await;
         let delivery = open_with(prefill_over.pool(source()), order(&decode));
         let error = tokio::select! {
             (result, _) = deliver(delivery) => result.expect_err("must be refused"),
@@ -434,7 +442,7 @@ async fn a_read_that_hangs_is_severed_and_its_block_offered_again() {
     let (memory, copies) = (Arc::new(Memory::new()), Copies::new("decode".to_owned()));
     copies.hang.store(2, Relaxed);
     let pool = Pool::direct(memory.clone(), copies).unwrap();
-    let mut decode = Decode::on(Over::Copies, pool, memory, 0, LONG).await;
+    let mut decode = Decode::on(Over::Copies, pool, memory, 0, long()).await;
     let ((sent, _), outcome) = tokio::join!(deliver(decode.open(order(&decode))), decode.incoming.run());
     assert_eq!(sent.unwrap().blocks, blocks());
     assert!(matches!(outcome, Outcome::Complete(_)));
@@ -445,7 +453,7 @@ async fn a_read_that_hangs_is_severed_and_its_block_offered_again() {
 /// A chunk a block: each is with decode before the next but one is computed, so that prefill's end finds nothing but its last
 /// chunks under way.
 async fn chunks_travel_while_later_ones_compute(over: Over) {
-    let mut decode = Decode::start(over, 0, LONG).await;
+    let mut decode = Decode::start(over, 0, long()).await;
     let mut delivery = decode.open(order(&decode));
     let mut released = 0;
     for chunk in 0..blocks() {

@@ -41,7 +41,7 @@ impl Over {
     pub fn landing(self) -> Duration {
         match self {
             Over::Grpc => Duration::from_secs(2),
-            Over::Nixl => Duration::from_secs(5),
+            Over::Nixl => crate::slowed(Duration::from_secs(5)),
             _ => Duration::from_millis(100),
         }
     }

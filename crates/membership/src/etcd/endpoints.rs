@@ -72,13 +72,11 @@ impl Endpoints {
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
         let attempt = async { Ok(request(self.client(endpoint).await?).await?) };
-        match time::timeout(self.timeout, attempt).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                endpoint.forget();
-                Err(Error::Silent(self.timeout))
-            }
+        let answer = time::timeout(self.timeout, attempt).await.unwrap_or(Err(Error::Silent(self.timeout)));
+        if answer.as_ref().is_err_and(may_succeed_elsewhere) {
+            endpoint.forget();
         }
+        answer
     }
 
     /// Connects with the first call.
@@ -97,7 +95,8 @@ impl Endpoints {
 }
 
 impl Endpoint {
-    /// The connection swallows requests: the next call opens a new one.
+    /// The connection swallows requests, or is refused for its certificate, which may have been renewed since: the next call
+    /// opens a new one.
     fn forget(&self) {
         self.slot().take();
     }

@@ -62,8 +62,7 @@ impl Cluster {
             self.routers.push(Service::new("router", child));
         }
         let address = self.router_addresses().swap_remove(0);
-        let roles = [("prefill", self.args.prefill), ("decode", self.args.decode), ("both", self.args.both)];
-        for (role, count) in roles {
+        for (role, count) in self.roles() {
             for number in 1..=count {
                 let child = self.child(&format!("{role}-{number}"), self.worker_arguments(role, &address))?;
                 self.workers.push(Service::new(role, child));
@@ -150,6 +149,11 @@ impl Cluster {
         Child::start(name.to_owned(), &arguments, self.logs.as_deref())
     }
 
+    /// Each role, and how many workers it has.
+    fn roles(&self) -> [(&'static str, usize); 3] {
+        [("prefill", self.args.prefill), ("decode", self.args.decode), ("both", self.args.both)]
+    }
+
     fn router_addresses(&self) -> Vec<String> {
         self.routers.iter().map(|router| router.child.addresses.grpc.clone()).collect()
     }
@@ -158,6 +162,7 @@ impl Cluster {
         let port = |address: &str| address.rsplit(':').next().unwrap_or("0").to_owned();
         let (grpc, admin) = at.map_or(("0".into(), "0".into()), |at| (port(&at.grpc), port(&at.admin)));
         let mut set = vec![format!("listen=127.0.0.1:{grpc}"), format!("admin=127.0.0.1:{admin}")];
+        set.extend(self.roles().map(|(role, count)| format!("pools.{role}={count}")));
         if !self.args.etcd.is_empty() {
             set.push(format!("etcd={}", json!(self.args.etcd)));
         }
@@ -255,6 +260,7 @@ impl Cluster {
     fn banner(&self) -> String {
         let url = self.gateway_addresses().http;
         let mut text = format!("\nBaton is ready: {url}/v1 serves {}\n\n", self.name);
+        text += &format!("  Look at it:  {url}/dashboard\n\n");
         let others = self.routers.iter().chain(&self.workers).map(|service| &service.child);
         let services = self.gateway.iter().chain(others);
         for child in services {

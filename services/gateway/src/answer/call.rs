@@ -4,7 +4,7 @@
 
 use super::choice::{self, Choice, Scored, Step};
 use super::generation::Event;
-use super::upstream::{Break, Events, Heard, LOSSES, Upstream};
+use super::upstream::{Break, Events, Heard, Losses, Upstream};
 use crate::observe::Observation;
 use futures::Stream;
 use proto::generate_event::Event as Reply;
@@ -38,7 +38,8 @@ impl Call {
             events: None,
             ready: VecDeque::new(),
             started: false,
-            resumes: 0,
+            losses: Losses::default(),
+            resumed: false,
             over: false,
         };
         futures::stream::unfold(running, |mut running| async move {
@@ -56,8 +57,9 @@ struct Running {
     ready: VecDeque<Event>,
     /// A router has placed it.
     started: bool,
-    /// Routers lost.
-    resumes: u32,
+    losses: Losses,
+    /// Another router has gone on with it.
+    resumed: bool,
     over: bool,
 }
 
@@ -82,12 +84,10 @@ impl Running {
 
     async fn resume(&mut self, lost: String) -> Result<(), proto::Error> {
         self.events = None;
-        if self.resumes == LOSSES {
-            let message = format!("{LOSSES} routers were lost in the middle of the answer, then {lost}");
-            return Err(proto::Error::new(ErrorCode::WorkerLost, message));
-        }
-        self.resumes += 1;
-        let resumed = self.call.upstream.resume(&self.call.request, &self.call.trace, &lost).await;
+        self.losses.count();
+        self.resumed = true;
+        let Call { upstream, request, trace, .. } = &self.call;
+        let resumed = upstream.resume(request, trace, &mut self.losses, &lost).await;
         let (first, events) = resumed.map_err(in_the_middle)?;
         self.opened(events);
         self.take(first)
@@ -95,13 +95,14 @@ impl Running {
 
     async fn open(&mut self) -> Result<(), proto::Error> {
         self.observe(Observation::ready);
-        let (first, events) = self.call.upstream.open(&self.call.request, &self.call.trace).await?;
+        let Call { upstream, request, trace, .. } = &self.call;
+        let (first, events) = upstream.open(request, trace, &mut self.losses).await?;
         self.opened(events);
         self.take(first)
     }
 
     fn opened(&mut self, events: Events) {
-        self.observe(|observation| observation.asked(events.asked, events.retried || self.resumes > 0));
+        self.observe(|observation| observation.asked(events.asked, events.retried || self.resumed));
         self.events = Some(events);
     }
 
@@ -169,12 +170,12 @@ impl Running {
     fn prompt_logprob(&mut self, logprob: PromptLogprob) -> Result<(), proto::Error> {
         let Some(echo) = &mut self.call.echo else {
             // The next router begins the prompt anew.
-            if self.resumes > 0 {
+            if self.resumed {
                 return Ok(());
             }
             return Err(internal("the router sent prompt logprobs nobody asked for"));
         };
-        if self.resumes > 0 && echo.has(logprob.position) {
+        if self.resumed && echo.has(logprob.position) {
             return Ok(());
         }
         echo.add(logprob)?;

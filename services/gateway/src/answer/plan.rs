@@ -15,6 +15,8 @@ pub struct Bounds {
     pub prompt_tokens: u32,
     /// Prompts times choices.
     pub sequences: usize,
+    /// The lowest and the highest number that may be asked for.
+    pub priorities: (i32, i32),
     /// For completions without `max_tokens`; 0: as far as the context reaches.
     pub default_completion_tokens: u32,
 }
@@ -94,7 +96,7 @@ impl Plan {
             ends: Arc::new(ends(parameters, model)),
             sampling: sampling(parameters, model, echo),
             stop: stop(parameters, model),
-            priority: parameters.priority,
+            priority: priority(parameters, bounds)?,
         })
     }
 
@@ -114,6 +116,16 @@ impl Plan {
             stop: Some(proto::Stop { max_tokens: *max_tokens, ..self.stop.clone() }),
             priority: self.priority,
         }
+    }
+
+    /// All that it may take, for its key's account; `assumed`: output of a choice that has no bound of the client's.
+    pub fn most_tokens(&self, assumed: Option<u32>) -> u64 {
+        let output =
+            |prompt: &PlannedPrompt| assumed.map_or(prompt.max_tokens, |most| most.min(prompt.max_tokens));
+        let of = |prompt: &PlannedPrompt| {
+            prompt.tokens.len() as u64 + u64::from(self.n) * u64::from(output(prompt))
+        };
+        self.prompts.iter().map(of).sum()
     }
 
     pub fn prompt_tokens(&self) -> u32 {
@@ -219,6 +231,19 @@ impl Planner<'_> {
     }
 }
 
+/// 0 unless asked otherwise, or what is nearest to it.
+fn priority(parameters: &Parameters, bounds: &Bounds) -> Result<i32, Error> {
+    let (least, most) = bounds.priorities;
+    match parameters.priority {
+        None => Ok(0.clamp(least, most)),
+        Some(asked) if (least..=most).contains(&asked) => Ok(asked),
+        Some(asked) => {
+            let problem = format!("found {asked}, but may be {least} to {most} here (lower is served first)");
+            Err(Error::value("priority", problem))
+        }
+    }
+}
+
 fn check_ids(parameters: &Parameters, size: u32) -> Result<(), Error> {
     let biased = parameters.sampling.logit_bias.iter().map(|(id, _)| ("logit_bias", *id));
     let stops = parameters.ending.stop_token_ids.iter().map(|id| ("stop_token_ids", *id));
@@ -284,14 +309,20 @@ mod tests {
     use serde_json::json;
     use std::path::Path;
 
-    const LIMITS: openai::Limits = openai::Limits { choices: 8, prompts: 8 };
+    const LIMITS: openai::Limits = openai::Limits { choices: 8, prompts: 8, messages: 8, characters: 10_000 };
 
     fn demo() -> Model {
         Model::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/demo/checkpoint"), 0).unwrap()
     }
 
     fn bounds() -> Bounds {
-        Bounds { max_context: 2048, prompt_tokens: 0, sequences: 8, default_completion_tokens: 0 }
+        Bounds {
+            max_context: 2048,
+            prompt_tokens: 0,
+            sequences: 8,
+            priorities: (-10, 10),
+            default_completion_tokens: 0,
+        }
     }
 
     fn completion(model: &Model, bounds: Bounds, extra: serde_json::Value) -> Result<proto::Sequence, Error> {

@@ -2,7 +2,9 @@
 //! its first event, the next is asked. When one is lost in the middle of an answer, another goes on from there.
 
 use crate::Error;
+use crate::cluster::Seen;
 use crate::config::{Timeouts, ms};
+use futures::future::join_all;
 use proto::generate_event::Event;
 use proto::router_client::RouterClient;
 use proto::{Dial, ErrorCode, GenerateEvent, GenerateRequest, Latency, StatusReply, StatusRequest};
@@ -11,7 +13,7 @@ use std::time::Duration;
 use telemetry::Counter;
 use telemetry::trace::{self, TraceContext};
 use tokio::time::{Instant, sleep, timeout};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
 pub struct Upstream {
@@ -51,7 +53,7 @@ struct Router {
 enum Failure {
     /// Another router may do.
     Unreachable(String),
-    /// It had taken the request and then went away.
+    /// One that had taken the request went away.
     Lost(String),
     Refused(proto::Error),
 }
@@ -59,8 +61,23 @@ enum Failure {
 /// A status is quick to give.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Routers that one request may lose before it ends: it may be what kills them.
-pub const LOSSES: u32 = 3;
+/// Routers that one request may lose and still be given to another: it may be what kills them.
+const LOSSES: u32 = 3;
+
+/// Routers that had taken a request, and went away with it.
+#[derive(Debug, Default)]
+pub struct Losses(u32);
+
+impl Losses {
+    pub fn count(&mut self) {
+        self.0 += 1;
+    }
+
+    /// No other router may be lost to it.
+    pub fn too_many(&self) -> bool {
+        self.0 > LOSSES
+    }
+}
 
 /// Between looks for a router that goes on with an answer.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -88,9 +105,10 @@ impl Upstream {
         &self,
         request: &GenerateRequest,
         trace: &TraceContext,
+        losses: &mut Losses,
     ) -> Result<(Heard, Events), proto::Error> {
-        match self.open_anywhere(request, trace).await {
-            Err(Failure::Lost(problem)) => self.resume(request, trace, &problem).await,
+        match self.open_anywhere(request, trace, losses).await {
+            Err(Failure::Lost(problem)) => self.resume(request, trace, losses, &problem).await,
             other => other.map_err(Failure::into),
         }
     }
@@ -100,23 +118,26 @@ impl Upstream {
         &self,
         request: &GenerateRequest,
         trace: &TraceContext,
+        losses: &mut Losses,
         lost: &str,
     ) -> Result<(Heard, Events), proto::Error> {
-        let (deadline, mut losses) = (Instant::now() + self.resume, 0);
+        let deadline = Instant::now() + self.resume;
+        if losses.too_many() {
+            return Err(given_up(lost));
+        }
         loop {
-            let problem = match self.open_anywhere(request, trace).await {
-                Err(Failure::Unreachable(problem)) => problem,
-                Err(Failure::Lost(problem)) => {
-                    losses += 1;
-                    problem
-                }
+            let problem = match self.open_anywhere(request, trace, losses).await {
+                Err(Failure::Unreachable(problem) | Failure::Lost(problem)) => problem,
                 Err(refused) => return Err(refused.into()),
                 Ok((first, events)) => {
                     self.resumed.inc();
                     return Ok((first, Events { retried: true, ..events }));
                 }
             };
-            if Instant::now() > deadline || losses == LOSSES {
+            if losses.too_many() {
+                return Err(given_up(&problem));
+            }
+            if Instant::now() > deadline {
                 let message = format!("the request's router was lost ({lost}), and {problem}");
                 return Err(proto::Error::new(ErrorCode::NoMembers, message));
             }
@@ -128,9 +149,13 @@ impl Upstream {
         &self,
         request: &GenerateRequest,
         trace: &TraceContext,
+        losses: &mut Losses,
     ) -> Result<(Heard, Events), Failure> {
         let (mut problems, mut lost) = (Vec::new(), false);
         for index in self.order() {
+            if losses.too_many() {
+                break;
+            }
             let asked = Instant::now();
             match self.open_at(&self.routers[index], request, trace).await {
                 Ok((first, stream)) => {
@@ -141,6 +166,7 @@ impl Upstream {
                 Err(Failure::Unreachable(problem)) => problems.push(self.unreachable(index, problem)),
                 Err(Failure::Lost(problem)) => {
                     lost = true;
+                    losses.count();
                     problems.push(self.unreachable(index, problem));
                 }
                 Err(refused) => return Err(refused),
@@ -154,16 +180,28 @@ impl Upstream {
     pub async fn status(&self) -> Result<StatusReply, proto::Error> {
         let mut problems = Vec::new();
         for index in self.order() {
-            let mut client = self.routers[index].client.clone();
-            match timeout(STATUS_TIMEOUT, client.status(StatusRequest {})).await {
-                Ok(Ok(reply)) => return Ok(reply.into_inner()),
-                Ok(Err(status)) => {
-                    problems.push(format!("{}: {}", self.routers[index].address, describe(&status)))
-                }
-                Err(_) => problems.push(format!("{}: no answer in time", self.routers[index].address)),
+            match self.routers[index].status().await {
+                Ok(status) => return Ok(status),
+                Err(problem) => problems.push(format!("{}: {problem}", self.routers[index].address)),
             }
         }
-        Err(proto::Error::new(ErrorCode::NoMembers, format!("no router answers: {}", problems.join("; "))))
+        Err(nobody(&problems))
+    }
+
+    /// The cluster as all routers see it, asked at the same time.
+    pub async fn statuses(&self) -> Result<Seen, proto::Error> {
+        let answers = join_all(self.order().map(|index| self.routers[index].status())).await;
+        let (mut answering, mut silent) = (Vec::new(), Vec::new());
+        for (index, answer) in self.order().zip(answers) {
+            let address = self.routers[index].address.clone();
+            match answer {
+                Ok(status) => answering.push((address, status)),
+                Err(problem) => silent.push((address, problem)),
+            }
+        }
+        let problems: Vec<String> =
+            silent.iter().map(|(address, problem)| format!("{address}: {problem}")).collect();
+        Seen::new(answering, silent).ok_or_else(|| nobody(&problems))
     }
 
     /// The next event that is no heartbeat.
@@ -234,12 +272,9 @@ impl Upstream {
 impl Router {
     fn new(address: &str, timeouts: &Timeouts, dial: &Dial) -> Result<Self, Error> {
         let problem = |problem: String| Error::RouterAddress { address: address.to_owned(), problem };
-        let endpoint =
-            Endpoint::from_shared(address.to_owned()).map_err(|error| problem(error.to_string()))?;
-        if endpoint.uri().scheme_str() != Some("http") {
-            return Err(problem("the scheme is not http".into()));
-        }
-        let endpoint = endpoint
+        let endpoint = dial
+            .endpoint(address)
+            .map_err(problem)?
             .connect_timeout(ms(timeouts.connect_ms))
             .tcp_nodelay(true)
             .initial_stream_window_size(STREAM_WINDOW)
@@ -251,6 +286,18 @@ impl Router {
             .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
         Ok(Router { address: address.to_owned(), client })
     }
+
+    async fn status(&self) -> Result<StatusReply, String> {
+        match timeout(STATUS_TIMEOUT, self.client.clone().status(StatusRequest {})).await {
+            Ok(Ok(reply)) => Ok(reply.into_inner()),
+            Ok(Err(status)) => Err(describe(&status)),
+            Err(_) => Err("no answer in time".into()),
+        }
+    }
+}
+
+fn nobody(problems: &[String]) -> proto::Error {
+    proto::Error::new(ErrorCode::NoMembers, format!("no router answers: {}", problems.join("; ")))
 }
 
 impl From<Failure> for proto::Error {
@@ -281,6 +328,13 @@ impl From<Status> for Failure {
 /// Whether the router itself said this, rather than the transport about the router.
 fn spoken(status: &Status) -> bool {
     status.metadata().contains_key("baton-code")
+}
+
+/// The request may be what kills them.
+fn given_up(problem: &str) -> proto::Error {
+    let message =
+        format!("more than {LOSSES} routers were lost while they had this request; the last: {problem}");
+    proto::Error::new(ErrorCode::WorkerLost, message)
 }
 
 fn describe(status: &Status) -> String {

@@ -14,7 +14,7 @@ pub struct Identity {
     pub request_id: String,
     /// What the client sent.
     pub trace: Option<TraceContext>,
-    /// A fingerprint of the API key, never the key; empty without one.
+    /// Without keys: a fingerprint of what the client sent as one, never the text itself; empty if it sent none.
     pub tenant: String,
     /// `x-baton-trace: 1`
     pub wants_record: bool,

@@ -1,12 +1,15 @@
 //! The HTTP surface: routes, and what every answer carries.
 
+mod access;
 mod body;
 mod chat;
 mod completions;
+mod dashboard;
+mod head;
 mod identity;
 mod logprobs;
 mod models;
-mod reply;
+pub mod reply;
 mod serve;
 mod shape;
 mod status;
@@ -26,15 +29,17 @@ use telemetry::Registry;
 
 /// The OpenAI API, with health, readiness and metrics beside it.
 pub fn public(gateway: Arc<Gateway>, registry: Arc<Registry>) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(serve::serve::<chat::Chat>))
+    let page = if gateway.config.dashboard { dashboard::routes() } else { Router::new() };
+    page.route("/v1/chat/completions", post(serve::serve::<chat::Chat>))
         .route("/v1/completions", post(serve::serve::<completions::Completions>))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .with_state(gateway.clone())
-        .merge(admin(gateway, registry))
+        .merge(admin(gateway.clone(), registry))
         .fallback(unknown_url)
         .method_not_allowed_fallback(wrong_method)
+        .layer(middleware::from_fn_with_state(gateway.clone(), access::check))
+        .layer(middleware::from_fn_with_state(gateway, head::check))
         .layer(middleware::from_fn(identity::identify))
 }
 
@@ -43,6 +48,7 @@ pub fn admin(gateway: Arc<Gateway>, registry: Arc<Registry>) -> Router {
     let status = Router::new()
         .route("/status", get(status::status))
         .route("/trace/{*id}", get(trace::trace))
+        .route("/status/history", get(status::history))
         .with_state(gateway.clone());
     telemetry::admin::routes(registry, gateway.readiness())
         .merge(status)

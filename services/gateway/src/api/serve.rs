@@ -6,10 +6,11 @@
 use super::identity::Identity;
 use super::shape::Shape;
 use super::stream::{Events, Heading, WithRecord};
-use super::{body, reply};
+use super::{access, body, reply};
 use crate::answer::{Event, Generation, Interrupt, Plan, Setting, Step};
 use crate::config::ms;
 use crate::gateway::Gateway;
+use crate::keys::{Caller, Lease};
 use crate::observe::Observation;
 use axum::body::{Body, Bytes};
 use axum::extract::{Extension, Request, State};
@@ -20,7 +21,7 @@ use openai::{Code, Error, Parameters};
 use proto::{GenerateRequest, Started};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::Instrument;
 use uuid::Uuid;
@@ -36,27 +37,52 @@ const LARGE: usize = 8 << 10;
 pub async fn serve<S: Shape>(
     State(gateway): State<Arc<Gateway>>,
     Extension(identity): Extension<Identity>,
+    Extension(caller): Extension<Option<Caller>>,
     request: Request,
 ) -> Response {
-    let place = gateway.places.clone().try_acquire_owned().ok();
-    let full = place.is_none();
+    let (refused, lease, place) = match admit(&gateway, caller.as_ref()) {
+        Ok((lease, place)) => (None, lease, Some(place)),
+        Err(error) => (Some(error), None, None),
+    };
     let Identity { request_id, trace, tenant, wants_record } = identity;
     let trace = gateway.spans.context(trace);
     let span = telemetry::trace::span("gateway", &trace, &request_id);
-    let observation = Arc::new(Observation::new(S::ENDPOINT, request_id, trace, gateway.clone(), place));
-    let served = if full {
-        Err(gateway.overloaded("too many requests at the same time; try again shortly"))
-    } else {
-        Service { gateway, observation: observation.clone(), tenant, wants_record, start: Instant::now() }
-            .answer::<S>(request)
-            .instrument(span)
-            .await
+    let observation = Observation::new(S::ENDPOINT, request_id, trace, gateway.clone(), place, lease);
+    let observation = Arc::new(observation);
+    let served = match refused {
+        Some(error) => Err(error),
+        None => {
+            let tenant = caller.as_ref().map_or(tenant, |caller| caller.tenant.clone());
+            let (observation, caller, start) = (observation.clone(), caller.clone(), Instant::now());
+            let service =
+                Service { gateway: gateway.clone(), observation, tenant, caller, wants_record, start };
+            service.answer::<S>(request).instrument(span).await
+        }
     };
-    served.unwrap_or_else(|error| {
+    let mut response = served.unwrap_or_else(|error| {
         observation.end(error.code.status());
         tracing::debug!(request_id = %observation.request_id, %error, param = error.param, "refused");
+        if let (Some(caller), 429) = (&caller, error.code.status()) {
+            gateway.metrics.count_limited(&caller.tenant, error.code.kind());
+        }
         reply::error(&error)
-    })
+    });
+    // A whole answer is over: what it did not use is given back before the headers say what is left.
+    drop(observation);
+    if let Some(caller) = &caller {
+        access::mark(response.headers_mut(), &caller.standing());
+    }
+    response
+}
+
+/// The request's claim on the account of its key, and its place; both are held until it ends.
+fn admit(gateway: &Gateway, caller: Option<&Caller>) -> Result<(Option<Lease>, OwnedSemaphorePermit), Error> {
+    gateway.check_files()?;
+    let patience = ms(gateway.config.timeouts.retry_after_ms);
+    let lease = caller.map(|caller| caller.admit(patience)).transpose()?;
+    let place = gateway.places.clone().try_acquire_owned();
+    let full = |_| gateway.overloaded("too many requests at the same time; try again shortly");
+    Ok((lease, place.map_err(full)?))
 }
 
 struct Service {
@@ -65,6 +91,7 @@ struct Service {
     tenant: String,
     /// The record of the request is to be part of the answer.
     wants_record: bool,
+    caller: Option<Caller>,
     start: Instant,
 }
 
@@ -83,6 +110,9 @@ impl Service {
             tracing::debug!(request_id = %self.observation.request_id, fields = ?parameters.unknown, "unknown fields ignored");
         }
         self.observation.asks(&parameters.model);
+        let assumed = parameters.ending.max_tokens.is_none();
+        let assumed = assumed.then_some(self.gateway.config.keys.assumed_output_tokens);
+        self.observation.charge(plan.most_tokens(assumed))?;
         let heading = heading::<S>(parameters.model);
         let generation = Generation::new(plan, self.setting(&heading));
         match parameters.streaming {
@@ -109,10 +139,10 @@ impl Service {
     /// CPU work: here if small, else on a thread of its own, of which there are few.
     async fn plan<S: Shape>(&self, body: Bytes) -> Result<Planned<S>, Error> {
         if body.len() <= LARGE {
-            return plan(&self.gateway, &body);
+            return plan(&self.gateway, self.caller.as_ref(), &body);
         }
-        let gateway = self.gateway.clone();
-        aside(self.gateway.tokenizers.clone(), move || plan(&gateway, &body)).await
+        let (gateway, caller) = (self.gateway.clone(), self.caller.clone());
+        aside(self.gateway.tokenizers.clone(), move || plan(&gateway, caller.as_ref(), &body)).await
     }
 
     fn setting(&self, heading: &Heading) -> Setting {
@@ -209,11 +239,11 @@ async fn aside<T: Send + 'static>(
     })
 }
 
-fn plan<S: Shape>(gateway: &Gateway, body: &[u8]) -> Result<Planned<S>, Error> {
+fn plan<S: Shape>(gateway: &Gateway, caller: Option<&Caller>, body: &[u8]) -> Result<Planned<S>, Error> {
     let limits = &gateway.config.limits;
-    let request = S::read(body, &openai::Limits { choices: limits.choices, prompts: limits.prompts })?;
+    let request = S::read(body, &limits.of_requests())?;
     gateway.check_model(&S::parameters(&request).model)?;
-    let plan = S::plan(&request, &gateway.model, &gateway.bounds())?;
+    let plan = S::plan(&request, &gateway.model, &gateway.bounds(caller))?;
     Ok(Planned { plan, parameters: S::parameters(&request).clone(), shape: S::new(&request) })
 }
 

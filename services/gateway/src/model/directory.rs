@@ -19,6 +19,8 @@ pub struct Model {
     pub eos_ids: Vec<u32>,
     /// Tokens of prompt and output together.
     pub max_context: u32,
+    /// Of the files read, to compare with what the workers read.
+    pub files: u64,
     /// Rows of the embedding: token ids are below this.
     pub vocab_size: u32,
 }
@@ -50,6 +52,7 @@ impl Model {
             defaults: Defaults::new(&generation),
             eos_ids,
             max_context,
+            files: proto::files_fingerprint(dir).map_err(|error| Error::model(dir, error))?,
             vocab_size,
         })
     }

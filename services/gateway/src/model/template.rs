@@ -12,6 +12,10 @@ use std::time::SystemTime;
 
 const NAME: &str = "chat";
 
+/// Instructions of one rendering: hundreds of times what templates take for a long conversation, and a second or two of a
+/// core. One that looks at all messages for each of them would take minutes for as many as fit into a body.
+const MOST_STEPS: u64 = 20_000_000;
+
 pub struct Template {
     environment: Environment<'static>,
     /// bos_token and its like.
@@ -33,6 +37,7 @@ impl Template {
         let knows_developer = source.contains("developer");
         let mut environment = Environment::new();
         environment.set_syntax(syntax()?);
+        environment.set_fuel(Some(MOST_STEPS));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
@@ -98,6 +103,9 @@ fn unfinished(mut text: String) -> Result<String, String> {
 /// A template's `raise_exception` speaks to the client; anything else gets its place in the template too.
 fn complaint(error: minijinja::Error) -> String {
     match (error.kind(), error.detail()) {
+        (ErrorKind::OutOfFuel, _) => {
+            format!("the chat template takes more than {MOST_STEPS} steps for these messages; send fewer")
+        }
         (ErrorKind::InvalidOperation, Some(detail)) => {
             format!("the chat template refuses these messages: {detail}")
         }

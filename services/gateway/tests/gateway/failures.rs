@@ -212,3 +212,41 @@ async fn silence_and_slowness_have_their_bounds() {
     assert!(streamed.body.contains("\"code\":\"timeout\""), "{}", streamed.body);
     slow.left(2).await;
 }
+
+/// A request may be what kills routers: there is an end to it, however many there are to be asked.
+#[tokio::test]
+async fn a_request_takes_no_more_than_four_routers_along() {
+    let mut fakes = Vec::new();
+    for _ in 0..6 {
+        fakes.push(serve_fake(Box::new(|_: &GenerateRequest| vec![Act::Vanish])).await);
+    }
+    let addresses = fakes.iter().map(|(_, address)| format!("http://{address}")).collect();
+    let cluster =
+        Cluster::with(|request| answer(request, "unused"), |config| config.routers = addresses).await;
+    assert_eq!(cluster.chat(json!({})).await.error().2, "worker_lost");
+    let asked: usize = fakes.iter().map(|(fake, _)| fake.asked.lock().unwrap().len()).sum();
+    assert_eq!(asked, 4);
+}
+
+/// Token ids of one tokenizer are other text in another.
+#[tokio::test]
+async fn workers_with_other_files_of_the_model_are_not_asked() {
+    let own = proto::files_fingerprint(&crate::fake::checkpoint()).unwrap();
+    for (files, match_files, serves) in
+        [(own, true, true), (0, true, true), (7, true, false), (7, false, true)]
+    {
+        let cluster =
+            Cluster::with(|request| answer(request, "yes"), |config| config.match_files = match_files).await;
+        cluster.fake.members.lock().unwrap()[0].files_fingerprint = files;
+        let ready = get(cluster.http, "/ready").await;
+        assert_eq!(ready.status, if serves { 200 } else { 503 }, "{}", ready.body);
+        let reply = cluster.chat(json!({})).await;
+        assert_eq!(reply.status, ready.status, "{}", reply.body);
+        if !serves {
+            for part in [format!("{own:016x}"), format!("{files:016x}")] {
+                assert!(ready.body.contains(&part) && reply.body.contains(&part), "{part}: {}", ready.body);
+            }
+            assert!(cluster.asked().is_empty());
+        }
+    }
+}

@@ -6,4 +6,6 @@ mod completions;
 mod endings;
 mod failures;
 mod fake;
+mod keys;
+mod limits;
 mod refusals;

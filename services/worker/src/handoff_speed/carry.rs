@@ -202,11 +202,15 @@ fn pour(stream: &mut TcpStream, size: &Size, pool: &[u8]) -> io::Result<()> {
 }
 
 async fn hear(said: &mut Lines<BufReader<ChildStdout>>) -> Result<Said, Error> {
-    let line = tokio::time::timeout(ANSWER, said.next_line()).await.map_err(failed)?.map_err(failed)?;
-    let line = line.ok_or_else(|| failed("the other process ended; what it logged says why"))?;
-    match serde_json::from_str(&line).map_err(failed)? {
-        Said::Failed(why) => Err(failed(format!("the other process: {why}"))),
-        said => Ok(said),
+    loop {
+        let line = tokio::time::timeout(ANSWER, said.next_line()).await.map_err(failed)?.map_err(failed)?;
+        let line = line.ok_or_else(|| failed("the other process ended; what it logged says why"))?;
+        match serde_json::from_str(&line) {
+            Ok(Said::Failed(why)) => return Err(failed(format!("the other process: {why}"))),
+            Ok(said) => return Ok(said),
+            // A library's own words: UCX writes its warnings to stdout.
+            Err(_) => eprintln!("{line}"),
+        }
     }
 }
 

@@ -1,0 +1,42 @@
+// Elements of the page: making them, and bringing those that are there up to date without losing focus or selection.
+
+export const $ = (id) => document.getElementById(id);
+
+/** An HTML element. Attributes that are null, undefined or false are left out. */
+export const h = (name, attributes, ...children) => fill(document.createElement(name), attributes, children);
+
+/** An SVG element. */
+export const s = (name, attributes, ...children) =>
+  fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes ?? {})) {
+    if (typeof value === "function") element.addEventListener(name, value);
+    else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+/** Makes what is in `parent` look like `children`, touching only what differs. For content without listeners. */
+export function show(parent, ...children) {
+  const fresh = children.flat().filter((child) => child !== null && child !== undefined && child !== false);
+  fresh.forEach((child, index) => {
+    const node = typeof child === "string" ? document.createTextNode(child) : child;
+    const old = parent.childNodes[index];
+    if (old) become(old, node);
+    else parent.append(node);
+  });
+  while (parent.childNodes.length > fresh.length) parent.lastChild.remove();
+}
+
+function become(old, fresh) {
+  if (old.nodeName !== fresh.nodeName) return old.replaceWith(fresh);
+  if (old.nodeType === Node.TEXT_NODE) {
+    if (old.data !== fresh.data) old.data = fresh.data;
+    return;
+  }
+  for (const { name } of [...old.attributes]) if (!fresh.hasAttribute(name)) old.removeAttribute(name);
+  for (const { name, value } of fresh.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  show(old, ...fresh.childNodes);
+}

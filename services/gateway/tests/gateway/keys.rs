@@ -1,0 +1,195 @@
+//! API keys over real sockets: who gets in, where each limit lies, what the headers say, and a file that changes.
+
+use crate::client::{Live, Reply, get, request};
+use crate::fake::{Cluster, answer, chat, endless};
+use gateway::keys::{Limits, NewKey};
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use std::time::Duration;
+use tempfile::TempDir;
+
+const CHAT: &str = "/v1/chat/completions";
+
+/// A file of keys.
+struct Keys {
+    dir: TempDir,
+    entries: Vec<String>,
+}
+
+impl Keys {
+    fn new() -> Self {
+        Keys { dir: TempDir::new().unwrap(), entries: Vec::new() }
+    }
+
+    fn add(&mut self, name: &str, limits: Limits, admin: bool) -> String {
+        let new = NewKey::generate(name, limits, admin).unwrap();
+        self.entries.push(new.entry.to_toml().unwrap());
+        self.write(&self.entries.concat());
+        new.key
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("keys.toml")
+    }
+
+    fn write(&self, text: &str) {
+        std::fs::write(self.path(), text).unwrap();
+    }
+
+    async fn cluster(&self) -> Cluster {
+        Cluster::with(|request| answer(request, "yes"), |config| config.keys.file = Some(self.path())).await
+    }
+}
+
+fn bearer(key: &str) -> String {
+    format!("content-type: application/json\r\nauthorization: Bearer {key}\r\n")
+}
+
+async fn ask(cluster: &Cluster, key: &str, extra: Value) -> Reply {
+    request(cluster.http, "POST", CHAT, &bearer(key), &chat(extra).to_string()).await
+}
+
+#[tokio::test]
+async fn only_known_keys_get_in_and_only_admins_see_the_process() {
+    let mut keys = Keys::new();
+    let (user, admin) =
+        (keys.add("user", Limits::default(), false), keys.add("ops", Limits::default(), true));
+    let cluster = keys.cluster().await;
+    let refused = cluster.chat(json!({})).await;
+    assert_eq!(refused.error(), (401, String::new(), "invalid_api_key".into()));
+    assert!(refused.header("x-request-id").is_some());
+    let wrong = format!("{}0", &user[..user.len() - 1]);
+    assert_eq!(ask(&cluster, &wrong, json!({})).await.status, 401);
+    assert_eq!(ask(&cluster, "sk-none", json!({})).await.status, 401);
+    assert!(cluster.asked().is_empty());
+    assert_eq!(ask(&cluster, &user, json!({})).await.status, 200);
+    assert_eq!(cluster.asked()[0].tenant, "user");
+    for path in ["/health", "/ready"] {
+        assert_eq!(get(cluster.http, path).await.status, 200, "{path}");
+    }
+    for path in ["/v1/models", "/status", "/metrics", "/v1/embeddings"] {
+        assert_eq!(get(cluster.http, path).await.status, 401, "{path}");
+    }
+    for (key, path, status) in [
+        (&user, "/v1/models", 200),
+        (&user, "/status", 200),
+        (&user, "/metrics", 403),
+        (&admin, "/metrics", 200),
+        (&admin, "/v1/models", 200),
+    ] {
+        assert_eq!(request(cluster.http, "GET", path, &bearer(key), "").await.status, status, "{path}");
+    }
+    assert_eq!(get(cluster.admin, "/metrics").await.status, 200, "the admin port lies apart");
+}
+
+#[tokio::test]
+async fn requests_a_minute_are_exact_and_each_tenant_has_its_own() {
+    let mut keys = Keys::new();
+    let limits = |n| Limits { requests_per_minute: Some(n), ..Limits::default() };
+    let (one, other) = (keys.add("one", limits(3), false), keys.add("other", limits(1), false));
+    let cluster = keys.cluster().await;
+    for left in ["2", "1", "0"] {
+        let reply = ask(&cluster, &one, json!({})).await;
+        assert_eq!((reply.status, reply.header("x-ratelimit-remaining-requests")), (200, Some(left)));
+        assert_eq!(reply.header("x-ratelimit-limit-requests"), Some("3"));
+        assert!(reply.header("x-ratelimit-limit-tokens").is_none());
+    }
+    let refused = ask(&cluster, &one, json!({})).await;
+    assert_eq!(refused.error(), (429, String::new(), "rate_limit_exceeded".into()));
+    assert_eq!(refused.json()["error"]["type"], "requests");
+    let (after, ms) = (refused.header("retry-after").unwrap(), refused.header("retry-after-ms").unwrap());
+    let (after, ms): (u64, u64) = (after.parse().unwrap(), ms.parse().unwrap());
+    assert!((18_000..=20_000).contains(&ms) && after == ms.div_ceil(1000), "{after} s, {ms} ms");
+    assert_eq!(ask(&cluster, &other, json!({})).await.status, 200);
+    assert_eq!(cluster.asked().len(), 4);
+    let page = get(cluster.admin, "/metrics").await.body;
+    assert!(page.contains("baton_gateway_limited_total{tenant=\"one\",limit=\"requests\"} 1"), "{page}");
+}
+
+#[tokio::test]
+async fn tokens_are_charged_for_what_may_come_and_given_back_for_what_did_not() {
+    let mut keys = Keys::new();
+    let key = keys.add("t", Limits { tokens_per_minute: Some(1000), ..Limits::default() }, false);
+    let cluster = keys.cluster().await;
+    let reply = ask(&cluster, &key, json!({"max_tokens": 800})).await;
+    let used = reply.json()["usage"]["total_tokens"].as_u64().unwrap();
+    let left: u64 = reply.header("x-ratelimit-remaining-tokens").unwrap().parse().unwrap();
+    assert!((1000 - used..1000 - used + 5).contains(&left), "{left} left, {used} used");
+    // 2 x 600 for the choices is more than there is, but what a full bucket holds may be had.
+    let refused = ask(&cluster, &key, json!({"max_tokens": 600, "n": 2})).await;
+    assert_eq!((refused.status, refused.json()["error"]["type"].clone()), (429, json!("tokens")));
+    let ms: u64 = refused.header("retry-after-ms").unwrap().parse().unwrap();
+    assert!(ms <= used * 60, "{ms} ms for {used} tokens");
+    assert_eq!(refused.header("x-ratelimit-limit-tokens"), Some("1000"));
+    tokio::time::sleep(Duration::from_millis(ms)).await;
+    assert_eq!(ask(&cluster, &key, json!({"max_tokens": 600, "n": 2})).await.status, 200, "exactly then");
+}
+
+#[tokio::test]
+async fn a_stream_holds_its_place_until_the_client_leaves() {
+    let mut keys = Keys::new();
+    let key = keys.add("t", Limits { concurrency: Some(1), ..Limits::default() }, false);
+    let path = keys.path();
+    let cluster =
+        Cluster::with(|request| endless(request, "one"), |config| config.keys.file = Some(path)).await;
+    let body = chat(json!({"stream": true})).to_string();
+    let mut first = Live::send(cluster.http, "POST", CHAT, &bearer(&key), &body).await;
+    first.until("one").await;
+    let refused = ask(&cluster, &key, json!({})).await;
+    assert_eq!((refused.status, refused.json()["error"]["type"].clone()), (429, json!("concurrency")));
+    assert!(refused.header("retry-after").is_some());
+    drop(first);
+    cluster.left(1).await;
+    let mut second = Live::send(cluster.http, "POST", CHAT, &bearer(&key), &body).await;
+    second.until("one").await;
+}
+
+#[tokio::test]
+async fn priorities_have_a_ceiling_for_all_and_one_for_the_key() {
+    let mut keys = Keys::new();
+    let batch = keys.add("batch", Limits { priority_min: Some(5), ..Limits::default() }, false);
+    let online = keys.add("online", Limits::default(), false);
+    let cluster = keys.cluster().await;
+    for (key, asked, found) in [
+        (&batch, json!(null), Some(5)),
+        (&batch, json!(7), Some(7)),
+        (&batch, json!(4), None),
+        (&batch, json!(11), None),
+        (&online, json!(null), Some(0)),
+        (&online, json!(-10), Some(-10)),
+        (&online, json!(-11), None),
+    ] {
+        let before = cluster.asked().len();
+        let reply = ask(&cluster, key, json!({"priority": asked})).await;
+        let sent = cluster.asked().get(before).map(|request| request.sequence.as_ref().unwrap().priority);
+        assert_eq!(sent, found, "{asked}: {}", reply.body);
+        if found.is_none() {
+            assert_eq!(reply.error(), (400, "priority".into(), "invalid_value".into()));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_changes_is_taken_up_and_a_bad_one_is_not() {
+    let mut keys = Keys::new();
+    let old = keys.add("t", Limits::default(), false);
+    let cluster = keys.cluster().await;
+    assert_eq!(ask(&cluster, &old, json!({})).await.status, 200);
+    keys.write("[[key]]\nid = 3");
+    until_metric(&cluster, "baton_credentials_stale{what=\"keys\"} 1").await;
+    assert_eq!(ask(&cluster, &old, json!({})).await.status, 200, "the old keys hold");
+    keys.entries.clear();
+    let new = keys.add("t", Limits::default(), false);
+    until_metric(&cluster, "baton_credentials_stale{what=\"keys\"} 0").await;
+    assert_eq!(ask(&cluster, &new, json!({})).await.status, 200);
+    assert_eq!(ask(&cluster, &old, json!({})).await.status, 401);
+}
+
+async fn until_metric(cluster: &Cluster, line: &str) {
+    let seen = async {
+        while !get(cluster.admin, "/metrics").await.body.contains(line) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), seen).await.unwrap_or_else(|_| panic!("never {line}"));
+}
