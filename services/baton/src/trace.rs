@@ -107,7 +107,7 @@ mod tests {
     fn parts_are_bars_in_their_places_and_the_remainder_is_said() {
         let part = |name: &str, of: &str, start: f64, ms: f64| serde_json::json!({"name": name, "service": "s", "of": of, "start_ms": start, "ms": ms});
         let record = serde_json::json!({
-            "request_id": "r", "ttft_ms": 6.0, "second_token_ms": 2.0, "total_ms": 8.5,
+            "request_id": "r", "prefill": "p", "decode": "d", "ttft_ms": 6.0, "second_token_ms": 2.0, "total_ms": 8.5,
             "parts": [part("queue", "ttft", 0.0, 2.0), part("prefill", "ttft", 2.0, 3.9),
                 part("decode", "second_token", 6.0, 2.0)],
             "unexplained_ms": {"ttft": 0.1, "second_token": 0.0},
