@@ -134,7 +134,7 @@ fn only_workers_that_match_are_paired() {
             while !run(&["status"], &cluster.url)
                 .await
                 .lines()
-                .filter(|line| line.contains("decode-"))
+                .filter(|line| line.starts_with("decode-"))
                 .count()
                 .eq(&2)
             {
