@@ -104,14 +104,15 @@ impl Latency {
     fn add(&mut self, name: PartName, place: Place, ns: i64) {
         let same = |part: &&mut Part| (part.name(), part.place()) == (name, place);
         match self.parts.iter_mut().find(same) {
-            Some(part) => part.ns += ns,
+            Some(part) => part.ns = part.ns.saturating_add(ns),
             None => self.parts.push(Part { name: name as i32, place: place as i32, ns }),
         }
     }
 
     /// What no part accounts for.
     pub fn unexplained_ns(&self) -> i64 {
-        i64::try_from(self.own_ns).unwrap_or(i64::MAX) - self.parts.iter().map(|part| part.ns).sum::<i64>()
+        let told = self.parts.iter().fold(0i64, |sum, part| sum.saturating_add(part.ns));
+        i64::try_from(self.own_ns).unwrap_or(i64::MAX).saturating_sub(told)
     }
 }
 

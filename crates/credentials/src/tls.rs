@@ -9,11 +9,18 @@
 use crate::{Contents, watched};
 use proto::Dial;
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig,
-    client::{Resumption, WebPkiServerVerifier, danger::ServerCertVerifier},
+    ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
+    client::{
+        Resumption, WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerifier},
+        verify_server_name,
+    },
     crypto::{CryptoProvider, ring},
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
-    server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
+    server::{
+        NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
     version::TLS13,
 };
 use serde::{Deserialize, Serialize};
@@ -131,6 +138,7 @@ fn sides(contents: &Contents, name: &ServerName<'static>) -> Result<Sides, Strin
     let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
         .build()
         .map_err(|error| format!("ca: {error}"))?;
+    let clients: Arc<dyn ClientCertVerifier> = Arc::new(Named { signed: clients, name: name.clone() });
     check_own(&chain, &roots, name, &*clients, &provider)?;
     let unusable = |error: rustls::Error| format!("cert and key: {error}");
     let mut server = ServerConfig::builder_with_provider(provider.clone())
@@ -151,6 +159,53 @@ fn sides(contents: &Contents, name: &ServerName<'static>) -> Result<Sides, Strin
     client.alpn_protocols = vec![HTTP2.to_vec()];
     client.resumption = Resumption::disabled();
     Ok(Sides { server: Arc::new(server), client: Arc::new(client) })
+}
+
+/// Takes a client's certificate if the authority has signed it and it bears the services' name: others may hold one of the same
+/// authority.
+#[derive(Debug)]
+struct Named {
+    signed: Arc<dyn ClientCertVerifier>,
+    name: ServerName<'static>,
+}
+
+impl ClientCertVerifier for Named {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.signed.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        client: &CertificateDer<'_>,
+        between: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let verified = self.signed.verify_client_cert(client, between, now)?;
+        verify_server_name(&ParsedCertificate::try_from(client)?, &self.name)?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.signed.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.signed.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.signed.supported_verify_schemes()
+    }
 }
 
 /// What the other services would say of this one's certificate, as server and as client: expired, of another authority,

@@ -64,7 +64,9 @@ async fn only_who_shows_a_certificate_of_the_authority_is_let_in() {
     let address = serve(&tls).await;
     ask(&channel(&tls, address)).await.expect("one of us");
     let trusting = || ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ours.pem()));
-    foreign(address, trusting().identity(identity(&ours.issue("anybody")))).await.expect("of the authority");
+    foreign(address, trusting().identity(identity(&ours.issue("baton")))).await.expect("of the authority");
+    let error = foreign(address, trusting().identity(identity(&ours.issue("etcd")))).await;
+    error.expect_err("of the authority, for somebody else");
     foreign(address, trusting()).await.expect_err("without a certificate");
     let error = foreign(address, trusting().identity(identity(&ours.issue_expired("baton")))).await;
     error.expect_err("with an expired one");

@@ -308,7 +308,9 @@ impl Delivery {
     fn said(&mut self, reply: Reply) {
         match reply {
             Reply::Accept(proto::Accept { index }) => {
-                self.accepted.insert(index);
+                if (index as usize) < self.places.len() {
+                    self.accepted.insert(index);
+                }
                 self.on(Event::Accepted { index });
             }
             Reply::Refuse(proto::Refuse { index, error }) => {

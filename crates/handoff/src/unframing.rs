@@ -20,6 +20,8 @@ const PAYLOAD: u32 = 4;
 const PREFIX: usize = 5;
 /// Of an offer's bytes: enough for every field before the payload.
 const HEAD: usize = 128;
+/// Neighbours that are no longer than this together are copied into one piece.
+const SMALL: usize = 512;
 
 /// A message, and the payload of an offer, which is empty in the message itself.
 pub(crate) type Heard = (Option<Message>, Pieces);
@@ -64,10 +66,16 @@ struct Ahead {
 }
 
 impl Ahead {
+    /// Small pieces are joined: what a peer may make wait here is bounded in bytes, and so are the pieces.
     fn extend(&mut self, piece: Option<Bytes>) {
         let piece = piece.unwrap_or_default();
         self.length += piece.len();
-        self.pieces.push_back(piece);
+        match self.pieces.pop_back() {
+            Some(last) if last.len() + piece.len() <= SMALL => {
+                self.pieces.push_back([&last[..], &piece[..]].concat().into());
+            }
+            last => self.pieces.extend(last.into_iter().chain([piece])),
+        }
     }
 
     /// The next message if all of it is here.
@@ -144,7 +152,7 @@ fn payload_last(head: &[u8], length: usize) -> Result<Option<(Offer, usize)>, De
     }
     let Ok(inner) = decode_varint(&mut rest) else { return Ok(None) };
     let begin = at(rest);
-    if begin + inner as usize != length {
+    if length.checked_sub(begin).map(|rest| rest as u64) != Some(inner) {
         return Ok(None);
     }
     loop {
@@ -152,7 +160,7 @@ fn payload_last(head: &[u8], length: usize) -> Result<Option<(Offer, usize)>, De
         match decode_key(&mut rest) {
             Ok((PAYLOAD, WireType::LengthDelimited)) => {
                 let Ok(payload) = decode_varint(&mut rest) else { return Ok(None) };
-                let last = at(rest) + payload as usize == length;
+                let last = length.checked_sub(at(rest)).map(|rest| rest as u64) == Some(payload);
                 return last.then(|| Offer::decode(fields).map(|offer| (offer, at(rest)))).transpose();
             }
             Ok((tag, wire)) if skip_field(wire, tag, &mut rest, DecodeContext::default()).is_ok() => {}

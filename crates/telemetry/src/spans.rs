@@ -49,11 +49,18 @@ impl Default for Traces {
 impl Traces {
     /// What the configuration leaves open, from OpenTelemetry's own environment variable.
     pub fn or_environment(self) -> Self {
-        let endpoint = if self.endpoint.is_empty() {
-            std::env::var(ENDPOINT).unwrap_or_default()
-        } else {
-            self.endpoint
-        };
+        if !self.endpoint.is_empty() {
+            return self;
+        }
+        // A platform may set it for all it runs: what Baton cannot use then is no reason to stop.
+        let endpoint = std::env::var(ENDPOINT).unwrap_or_default();
+        if !endpoint.is_empty() && !endpoint.starts_with("http://") {
+            tracing::warn!(
+                endpoint,
+                "{ENDPOINT} is no address like http://127.0.0.1:4317: no spans are sent"
+            );
+            return self;
+        }
         Traces { endpoint, ..self }
     }
 

@@ -56,16 +56,36 @@ async fn drain(args: Args) -> anyhow::Result<()> {
     left(&args, &id).await
 }
 
+/// Looks that must not find it: a router that has just begun knows nobody yet.
+const ABSENT: u32 = 3;
+
 /// Tells how much still runs there, until it is gone from the membership.
 async fn left(args: &Args, id: &str) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(args.timeout);
-    let mut told = None;
+    let (mut told, mut absent) = (None, 0);
     loop {
-        let status = status::fetch(&args.target).await?;
-        let Some(member) = members(&status).find(|member| text(&member["id"]) == id) else {
-            println!("{id} has left");
-            return Ok(());
+        let status = match status::fetch(&args.target).await {
+            Ok(status) => status,
+            Err(error) if Instant::now() > deadline => return Err(error),
+            // A gateway that is replaced meanwhile is back in a moment.
+            Err(_) => {
+                sleep(Duration::from_millis(200)).await;
+                continue;
+            }
         };
+        if is_lost(&status, id) {
+            bail!("{id} went without having left: its process ended, or its lease; look at its log");
+        }
+        let Some(member) = members(&status).find(|member| text(&member["id"]) == id) else {
+            absent += 1;
+            if absent == ABSENT {
+                println!("{id} has left");
+                return Ok(());
+            }
+            sleep(Duration::from_millis(200)).await;
+            continue;
+        };
+        absent = 0;
         let running = member["load"]["running"].as_u64();
         if running != told {
             println!("{id} runs {} sequences", running.unwrap_or(0));
@@ -76,6 +96,11 @@ async fn left(args: &Args, id: &str) -> anyhow::Result<()> {
         }
         sleep(Duration::from_millis(200)).await;
     }
+}
+
+fn is_lost(status: &Value, id: &str) -> bool {
+    let lost = status["lost"].as_array().map(Vec::as_slice).unwrap_or_default();
+    lost.iter().any(|member| text(&member["id"]) == id)
 }
 
 fn find<'a>(status: &'a Value, beginning: &str) -> anyhow::Result<&'a Value> {

@@ -3,6 +3,7 @@
 
 use crate::api::reply;
 use crate::config::{Config, ms};
+use crate::stalls::Stalls;
 use axum::Router;
 use axum::body::Body;
 use axum::serve::Listener;
@@ -34,6 +35,7 @@ pub struct Settings {
     http: http1::Builder,
     connections: usize,
     header: Duration,
+    stalled: Duration,
     retry_after: Duration,
 }
 
@@ -48,7 +50,8 @@ impl Settings {
             .max_header_size(bytes)
             .max_buf_size(bytes.max(LEAST_BUFFER));
         let retry_after = ms(config.timeouts.retry_after_ms);
-        Settings { http, connections: limits.connections, header, retry_after }
+        let stalled = ms(config.timeouts.stalled_client_ms);
+        Settings { http, connections: limits.connections, header, stalled, retry_after }
     }
 
     fn too_many(&self) -> Error {
@@ -108,6 +111,7 @@ impl Connection {
         let service = service_fn(move |request: Request<Incoming>| {
             Box::pin(app.clone().oneshot(request.map(Body::new)))
         });
+        let io = Stalls::new(io, self.settings.stalled);
         let mut connection = self.settings.http.serve_connection(TokioIo::new(io), service);
         let mut asked_to_end = false;
         let ended = loop {

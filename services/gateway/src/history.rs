@@ -60,6 +60,8 @@ pub struct History {
 #[derive(Clone, Default)]
 struct Counted {
     at_ms: u64,
+    /// When the routers last said what stands in `members`.
+    seen_ms: u64,
     endings: Endings,
     members: HashMap<String, Totals>,
     /// By router and cause.
@@ -96,7 +98,6 @@ impl History {
     }
 
     fn compare(&self, before: &Counted, now: &Counted, seen: Option<&Seen>, in_flight: i64) -> Sample {
-        let seconds = now.at_ms.saturating_sub(before.at_ms).max(1) as f64 / 1000.0;
         let mut sample = [None; FIELDS.len()];
         let mut values = vec![Some(now.at_ms as f64)];
         for which in 0..2 {
@@ -110,7 +111,7 @@ impl History {
             Some((ended.failed - past.failed) as f64),
         ]);
         match seen {
-            Some(seen) => values.extend(cluster(before, now, seen, seconds)),
+            Some(seen) => values.extend(cluster(before, now, seen)),
             None => values.resize(FIELDS.len() - 1, None),
         }
         values.push(Some(in_flight as f64));
@@ -132,11 +133,11 @@ impl Counted {
         let Some(seen) = seen else {
             return Counted { at_ms, endings, ..before.cloned().unwrap_or_default() };
         };
-        let totals = |load: &Load| load.totals.unwrap_or_default();
-        let members = seen.status.members.iter();
-        let members =
-            members.map(|member| (member.id.clone(), member.load.as_ref().map(totals).unwrap_or_default()));
-        let mut counted = Counted { at_ms, endings, members: members.collect(), ..Counted::default() };
+        let totals = |member: &proto::Member| {
+            Some((member.id.clone(), member.load.as_ref().and_then(|load| load.totals)?))
+        };
+        let members = seen.status.members.iter().filter_map(totals).collect();
+        let mut counted = Counted { at_ms, seen_ms: at_ms, endings, members, ..Counted::default() };
         for (router, status) in &seen.routers {
             for (cause, count) in &status.migrations {
                 counted.migrations.insert((router.clone(), cause.clone()), *count);
@@ -145,10 +146,11 @@ impl Counted {
         counted
     }
 
-    /// Growth of the members' counts. A member that was not there has grown from nothing, one that left is not counted.
+    /// Growth of the members' counts. Of a member that was not there before it is not known, and one that left is not counted.
     fn grown(&self, before: &Counted, count: impl Fn(&Totals) -> u64) -> f64 {
-        let past = |id: &String| before.members.get(id).map_or(0, &count);
-        self.members.iter().map(|(id, totals)| count(totals).saturating_sub(past(id))).sum::<u64>() as f64
+        let past = |id: &String| before.members.get(id).map(&count);
+        let grown = |(id, totals)| past(id).map_or(0, |past| count(totals).saturating_sub(past));
+        self.members.iter().map(grown).sum::<u64>() as f64
     }
 
     /// Moves for this cause, all routers together. One that began anew counts from nothing.
@@ -163,8 +165,9 @@ impl Counted {
 }
 
 /// From `running` to `ready`.
-fn cluster(before: &Counted, now: &Counted, seen: &Seen, seconds: f64) -> Vec<Option<f64>> {
+fn cluster(before: &Counted, now: &Counted, seen: &Seen) -> Vec<Option<f64>> {
     let status = &seen.status;
+    let seconds = now.seen_ms.saturating_sub(before.seen_ms).max(1) as f64 / 1000.0;
     let rate = |count: fn(&Totals) -> u64| now.grown(before, count) / seconds;
     let handoffs = now.grown(before, |totals| totals.handoffs);
     let blocks = |count: fn(&Load) -> u32| {
@@ -178,7 +181,7 @@ fn cluster(before: &Counted, now: &Counted, seen: &Seen, seconds: f64) -> Vec<Op
         rate(|totals| totals.handoff_bytes),
         handoffs / seconds,
         now.grown(before, |totals| totals.handoff_us) / handoffs / 1000.0,
-        blocks(|load| load.blocks_total - load.blocks_free.min(load.blocks_total)),
+        blocks(|load| load.blocks_total.saturating_sub(load.blocks_free + load.blocks_quarantined)),
         blocks(|load| load.blocks_cached),
         blocks(|load| load.blocks_quarantined),
         blocks(|load| load.blocks_total),
@@ -217,13 +220,33 @@ mod tests {
         sample[FIELDS.iter().position(|known| *known == field).unwrap()]
     }
 
+    fn ago(history: &mut History, ms: u64) {
+        let before = history.before.as_mut().unwrap();
+        (before.at_ms, before.seen_ms) = (before.at_ms - ms, before.seen_ms - ms);
+    }
+
+    #[test]
+    fn what_was_not_seen_for_a_while_is_no_burst() {
+        let metrics = Metrics::new(&mut Registry::default());
+        let mut history = History::default();
+        history.sample(&metrics, None);
+        history.sample(&metrics, Some(&seen(10, 1_000_000, 7)));
+        let rate = |history: &History| value(history.samples.back().unwrap(), "completion_tokens_rate");
+        assert_eq!(rate(&history), Some(0.0), "a member seen for the first time");
+        ago(&mut history, 60_000);
+        history.sample(&metrics, None);
+        assert_eq!(rate(&history), None);
+        history.sample(&metrics, Some(&seen(10, 1_006_000, 7)));
+        assert!((95.0..=100.0).contains(&rate(&history).unwrap()), "{:?}", rate(&history));
+    }
+
     #[test]
     fn counts_become_rates_and_percentiles_are_of_the_last_moments() {
         let metrics = Metrics::new(&mut Registry::default());
         let mut history = History::default();
         history.sample(&metrics, Some(&seen(10, 100, 7)));
         assert!(history.since(0).is_empty(), "nothing to compare with");
-        history.before.as_mut().unwrap().at_ms -= 2000;
+        ago(&mut history, 2000);
         metrics.time_to_first_token.observe(0.25, None);
         metrics.count("/v1/completions", 503);
         history.sample(&metrics, Some(&seen(14, 300, 8)));

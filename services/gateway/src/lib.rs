@@ -15,6 +15,7 @@ mod observe;
 mod problems;
 mod record;
 mod server;
+mod stalls;
 mod text;
 
 pub use config::{Config, Keys, Limits, Stream, Timeouts};

@@ -129,7 +129,8 @@ fn versions(members: &[Member]) -> Option<Problem> {
 
 fn queue(status: &StatusReply) -> Option<Problem> {
     let depth: u32 = status.queue.iter().map(|class| class.depth).sum();
-    (status.queue_limit > 0 && depth >= status.queue_limit / 10 * 9).then(|| {
+    let nearly = u64::from(depth) * 10 >= u64::from(status.queue_limit) * 9;
+    (status.queue_limit > 0 && nearly).then(|| {
         warning(
             format!("The queue is nearly full: {depth} of {}.", status.queue_limit),
             "Further requests are refused with 429. Add workers to the pool that is short of room, or send less.",

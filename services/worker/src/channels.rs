@@ -22,6 +22,11 @@ impl Channels {
         Channels { dial, open: Mutex::default() }
     }
 
+    /// One that is not kept.
+    pub fn once(&self, address: &str) -> Result<Channel, Error> {
+        transport::channel(&self.dial, address)
+    }
+
     pub fn get(&self, address: &str) -> Result<Channel, Error> {
         let mut channels = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(channel) = channels.get(address) {

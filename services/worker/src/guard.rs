@@ -4,7 +4,10 @@ use crate::Error;
 use axum::{
     Router,
     extract::{Request, State},
-    http::{StatusCode, header::AUTHORIZATION},
+    http::{
+        StatusCode,
+        header::{AUTHORIZATION, ORIGIN},
+    },
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
@@ -13,9 +16,19 @@ use std::path::PathBuf;
 
 /// The routes behind the token in `file`.
 pub fn guard(routes: Router, file: Option<PathBuf>) -> Result<Router, Error> {
+    let routes = routes.layer(middleware::from_fn(no_pages));
     let Some(file) = file else { return Ok(routes) };
     let token = TokenFile::open(file).map_err(Error::AdminToken)?;
     Ok(routes.layer(middleware::from_fn_with_state(token, check)))
+}
+
+/// Browsers say which page a request comes from: no page has orders to give, whatever its reader can reach.
+async fn no_pages(request: Request, next: Next) -> Response {
+    if request.headers().contains_key(ORIGIN) {
+        tracing::warn!(path = request.uri().path(), "refused an order of a web page");
+        return (StatusCode::FORBIDDEN, "web pages have no orders to give\n").into_response();
+    }
+    next.run(request).await
 }
 
 async fn check(State(token): State<TokenFile>, request: Request, next: Next) -> Response {

@@ -114,7 +114,7 @@ struct Found {
 }
 
 async fn measure(channels: &Channels, asked: &Asked) -> Result<Found, String> {
-    let channel = channels.get(&asked.to).map_err(|error| error.to_string())?;
+    let channel = channels.once(&asked.to).map_err(|error| error.to_string())?;
     match timeout(LONGEST, carry(ReachClient::new(channel), asked.mib)).await {
         Ok(Ok(found)) => Ok(found),
         Ok(Err(status)) => Err(format!("{}: {} ({})", asked.to, innermost(&status), status.code())),

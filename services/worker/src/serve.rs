@@ -223,6 +223,10 @@ impl<E: std::fmt::Display + Send + 'static> Server<E> {
     /// Waits a bounded time for connections to close.
     async fn stop(self) {
         drop(self.stop);
+        // What `ended` has told is over.
+        if self.task.is_finished() {
+            return;
+        }
         let abort = self.task.abort_handle();
         match tokio::time::timeout(CLOSE, self.task).await {
             Ok(Ok(Err(error))) => tracing::warn!(%error, "a listener ended badly"),

@@ -162,7 +162,7 @@ fn contradictions(files: &[Read]) -> Vec<Finding> {
         ("block_tokens", |config| config.block_tokens.to_string()),
         ("handoff.transport", |config| config.handoff.transport.name().to_owned()),
         ("backend", |config| config.backend.clone()),
-        ("model", |config| config.model.display().to_string()),
+        ("served_model_name", served),
     ];
     if let [(first, settings), others @ ..] = workers.as_slice() {
         for (file, other) in others {
@@ -181,6 +181,12 @@ fn contradictions(files: &[Read]) -> Vec<Finding> {
         }
     }
     findings
+}
+
+/// The name by which a worker's model goes: directories may differ from machine to machine.
+fn served(config: &worker::Config) -> String {
+    let directory = || config.model.file_name().map(|name| name.to_string_lossy().into_owned());
+    config.served_model_name.clone().or_else(directory).unwrap_or_default()
 }
 
 /// A worker that registers where this router does not look.

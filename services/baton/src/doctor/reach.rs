@@ -24,8 +24,10 @@ use tonic_health::pb::{
 
 const REACH: &str = "reach";
 const PAIRS: &str = "pairs";
-/// Pairs that are probed; of a larger cluster, every member is still in some of them.
+/// Pairs that are probed at most.
 const MOST_PAIRS: usize = 256;
+/// What a worker may take for a probe, beyond the wait for its answer.
+const PROBING: Duration = Duration::from_secs(10);
 /// Members asked at the same time.
 const AT_ONCE: usize = 16;
 
@@ -244,9 +246,9 @@ async fn ask_for(
             }
         }
     };
-    timeout(patience, asking)
+    timeout(patience + PROBING, asking)
         .await
-        .unwrap_or_else(|_| Err(format!("no answer within {} s", patience.as_secs_f32())))
+        .unwrap_or_else(|_| Err(format!("no answer within {} s", (patience + PROBING).as_secs_f32())))
 }
 
 fn error_in(status: StatusCode, body: &[u8]) -> String {

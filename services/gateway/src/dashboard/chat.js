@@ -8,6 +8,8 @@ import { waterfall } from "./waterfall.js";
 
 const EXAMPLES = ["What does `Vec::push` do?", "What does `Option::map` do?", "What does `str::trim` do?"];
 const talk = { messages: [], running: null };
+// It leaves the page with the first question, and comes back with a new chat.
+const welcome = $("welcome");
 
 export function chat() {
   $("ask").addEventListener("submit", (event) => { event.preventDefault(); send(); });
@@ -33,7 +35,7 @@ function stop() { talk.running?.abort(); }
 function forget() {
   stop();
   talk.messages = [];
-  show($("log"), $("welcome"));
+  show($("log"), welcome);
   $("forget").hidden = true;
   $("question").focus();
 }
@@ -42,34 +44,36 @@ async function send(given) {
   const question = (given ?? $("question").value).trim();
   if (!question || talk.running) return;
   $("question").value = "";
-  $("welcome").remove();
+  welcome.remove();
   $("forget").hidden = false;
-  talk.messages.push({ role: "user", content: question });
+  // A new chat may begin meanwhile: this answer belongs to the one that it was asked in.
+  const messages = talk.messages;
+  messages.push({ role: "user", content: question });
   const answer = new Answer();
   $("log").append(h("article", { class: "said user", "aria-label": "You" }, prose(question)), answer.article);
-  await run(answer);
-  if (answer.text) talk.messages.push({ role: "assistant", content: answer.text });
-  else talk.messages.pop();
+  await run(answer, messages);
   $("question").focus();
+  await answer.explain();
 }
 
-async function run(answer) {
+async function run(answer, messages) {
   talk.running = new AbortController();
   busy(true);
   answer.scroll();
   try {
-    await answer.stream(body(), talk.running.signal);
+    await answer.stream(body(messages), talk.running.signal);
   } catch (error) {
     answer.end(error.name === "AbortError" ? "Stopped." : error.message, error.name !== "AbortError");
   }
+  if (answer.text) messages.push({ role: "assistant", content: answer.text });
+  else messages.pop();
   talk.running = null;
   busy(false);
-  await answer.explain();
 }
 
-const body = () => ({
+const body = (messages) => ({
   model: $("models").value,
-  messages: talk.messages,
+  messages,
   stream: true,
   stream_options: { include_usage: true },
   max_tokens: Number($("max-tokens").value) || 256,

@@ -18,7 +18,9 @@ async function look() {
   try {
     const [status, history] = await Promise.all([read("status"), read(`status/history?since=${state.since}`)]);
     state.fields = history.fields;
-    state.samples = [...state.samples, ...history.samples].slice(-KEPT);
+    // Two looks at the same time are told the same.
+    const later = history.samples.filter(([at]) => at > state.since);
+    state.samples = [...state.samples, ...later].slice(-KEPT);
     state.since = state.samples.at(-1)?.[0] ?? 0;
     state.problem = null;
     draw(status);

@@ -25,10 +25,11 @@ impl Bucket {
         self.per_minute
     }
 
-    /// Keeps what has been taken.
+    /// Keeps what has been taken; but a smaller bucket owes nothing that the larger one did not.
     pub fn resize(&mut self, per_minute: u32, now: Instant) {
         self.fill(now);
-        self.parts += (i128::from(per_minute) - i128::from(self.per_minute)) * PARTS;
+        let kept = self.parts + (i128::from(per_minute) - i128::from(self.per_minute)) * PARTS;
+        self.parts = kept.max(self.parts.min(0));
         self.per_minute = per_minute;
     }
 

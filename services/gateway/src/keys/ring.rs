@@ -55,12 +55,15 @@ impl KeyRing {
     /// All keys at once, or none.
     fn replace(&self, text: &[u8]) -> Result<(), String> {
         let entries = entry::parse(text)?;
+        // A file that is being written anew looks like this for a moment.
+        if entries.is_empty() {
+            return Err("there is no key in it; `baton key new NAME` makes an entry".into());
+        }
         let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
-        let mut accounts = HashMap::new();
+        // Of tenants that are not in the file now as well: their requests still run, and they may come back.
+        let mut accounts = keys.accounts.clone();
         for Entry { name, limits, .. } in entries.values() {
-            let account = accounts
-                .entry(name.clone())
-                .or_insert_with(|| keys.accounts.get(name).cloned().unwrap_or_else(|| Account::new(limits)));
+            let account = accounts.entry(name.clone()).or_insert_with(|| Account::new(limits));
             account.limit(limits);
         }
         tracing::info!(keys = entries.len(), tenants = accounts.len(), "API keys");
