@@ -102,8 +102,11 @@ impl Observation {
     }
 
     /// The model that the client asks for.
-    pub fn asks(&self, model: &str) {
-        self.seen(|seen| model.clone_into(&mut seen.measured.model));
+    pub fn asks(&self, model: &str, tenant: Option<&str>) {
+        self.seen(|seen| {
+            model.clone_into(&mut seen.measured.model);
+            seen.measured.tenant = tenant.map(str::to_owned);
+        });
     }
 
     /// Choice 0 has a place.

@@ -12,6 +12,9 @@ use std::time::Duration;
 pub struct Record {
     pub request_id: String,
     pub trace_id: String,
+    /// Whose request it was, if the gateway has keys: the only one who is shown the record, but for operators.
+    #[serde(skip)]
+    pub tenant: Option<String>,
     pub model: String,
     /// Members.
     pub prefill: String,
@@ -54,6 +57,7 @@ pub struct Unexplained {
 /// What a request has been measured to take so far.
 #[derive(Clone, Debug, Default)]
 pub struct Measured {
+    pub tenant: Option<String>,
     pub model: String,
     pub started: Started,
     pub first: Option<Latency>,
@@ -77,6 +81,7 @@ impl Measured {
         Record {
             request_id: request_id.to_owned(),
             trace_id,
+            tenant: self.tenant.clone(),
             model: self.model.clone(),
             prefill: self.started.prefill_member.clone(),
             decode: self.started.decode_member.clone(),
@@ -141,9 +146,10 @@ impl Records {
         records.push_back(Arc::new(record));
     }
 
-    pub fn find(&self, request_id: &str) -> Option<Arc<Record>> {
+    /// Ids are the clients' own, so two may have the same: the last one that may be `shown`.
+    pub fn find(&self, request_id: &str, shown: impl Fn(&Record) -> bool) -> Option<Arc<Record>> {
         let records = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        records.iter().rev().find(|record| record.request_id == request_id).cloned()
+        records.iter().rev().find(|record| record.request_id == request_id && shown(record)).cloned()
     }
 }
 
@@ -199,8 +205,8 @@ mod tests {
                 ..record(&format!("r{}", n.max(2)), &Measured::default())
             });
         }
-        assert!(records.find("r1").is_none());
-        assert_eq!(records.find("r2").unwrap().migrations, 2, "the later of two");
-        assert_eq!(records.find(&format!("r{}", KEPT + 1)).unwrap().migrations, KEPT as u32 + 1);
+        assert!(records.find("r1", |_| true).is_none());
+        assert_eq!(records.find("r2", |_| true).unwrap().migrations, 2, "the later of two");
+        assert_eq!(records.find(&format!("r{}", KEPT + 1), |_| true).unwrap().migrations, KEPT as u32 + 1);
     }
 }

@@ -109,7 +109,8 @@ impl Service {
         if !parameters.unknown.is_empty() {
             tracing::debug!(request_id = %self.observation.request_id, fields = ?parameters.unknown, "unknown fields ignored");
         }
-        self.observation.asks(&parameters.model);
+        let tenant = self.caller.as_ref().map(|caller| caller.tenant.as_str());
+        self.observation.asks(&parameters.model, tenant);
         let assumed = parameters.ending.max_tokens.is_none();
         let assumed = assumed.then_some(self.gateway.config.keys.assumed_output_tokens);
         self.observation.charge(plan.most_tokens(assumed))?;

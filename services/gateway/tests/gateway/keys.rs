@@ -84,6 +84,21 @@ async fn only_known_keys_get_in_and_only_admins_see_the_process() {
 }
 
 #[tokio::test]
+async fn a_record_is_shown_to_whose_it_is_and_to_operators() {
+    let mut keys = Keys::new();
+    let (one, other) =
+        (keys.add("one", Limits::default(), false), keys.add("other", Limits::default(), false));
+    let admin = keys.add("ops", Limits::default(), true);
+    let cluster = keys.cluster().await;
+    let asked = ask(&cluster, &one, json!({})).await;
+    let path = format!("/trace/{}", asked.header("x-request-id").unwrap());
+    let shown = async |key: &str| request(cluster.http, "GET", &path, &bearer(key), "").await.status;
+    assert_eq!((shown(&one).await, shown(&other).await, shown(&admin).await), (200, 404, 200));
+    assert_eq!(get(cluster.http, &path).await.status, 401);
+    assert_eq!(get(cluster.admin, &path).await.status, 200, "the admin port lies apart");
+}
+
+#[tokio::test]
 async fn requests_a_minute_are_exact_and_each_tenant_has_its_own() {
     let mut keys = Keys::new();
     let limits = |n| Limits { requests_per_minute: Some(n), ..Limits::default() };
