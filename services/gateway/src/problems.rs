@@ -44,13 +44,23 @@ fn warning(text: impl Into<String>, remedy: impl Into<String>) -> Problem {
 }
 
 fn unusable(status: &StatusReply, model: &str) -> Option<Problem> {
-    let reason = cluster::usable(status, model).err()?;
+    let reason = cluster::usable(&placeable(status), model).err()?;
     let remedy = if status.members.is_empty() {
         "Start workers, and see that they name the registry or the etcd and prefix that the router uses. Requests wait in the queue until then."
     } else {
         "Requests wait in the queue until a worker of the missing kind joins: start one, or see in the log of the last one why it ended."
     };
     Some(critical(format!("No request can be served: {reason}."), remedy))
+}
+
+/// With the members alone on whom the router places requests: not those that start, or that it suspects.
+fn placeable(status: &StatusReply) -> StatusReply {
+    let mut status = status.clone();
+    if status.conditions.len() == status.members.len() {
+        let mut conditions = std::mem::take(&mut status.conditions).into_iter();
+        status.members.retain(|_| conditions.next().is_some_and(|condition| condition == "ready"));
+    }
+    status
 }
 
 fn below(pool: &Pool, status: &StatusReply) -> Option<Problem> {
@@ -177,6 +187,14 @@ mod tests {
         assert!(text.contains("decode pool has 1 of 2") && remedy.contains("d-2"), "{text} {remedy}");
         let gone = StatusReply { members: vec![member("p", Role::Prefill, 1)], ..StatusReply::default() };
         assert!(told(gone)[0].1.contains("no decode worker"));
+    }
+
+    #[test]
+    fn members_that_get_nothing_are_no_help_and_an_idle_queue_is_not_full() {
+        let suspected = StatusReply { conditions: vec!["ready".into(), "suspected".into()], ..pair() };
+        let [(severity, text, _), ..] = &told(suspected)[..] else { panic!() };
+        assert!(*severity == Severity::Critical && text.contains("no decode worker"), "{text}");
+        assert_eq!(told(StatusReply { queue_limit: 5, ..pair() }), []);
     }
 
     #[test]
