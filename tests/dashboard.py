@@ -121,14 +121,6 @@ def first(browser, url, out):
     else:
         expect(answer).to_contain_text("no record of where the time went")
 
-    page.get_by_label("Your message").fill(QUESTION)
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("article", name="The cluster")).to_have_count(2)
-    expect(page.get_by_role("article", name="The cluster").last.locator(".worker.decode")).to_be_visible()
-    page.get_by_role("button", name="New chat").click()
-    expect(page.get_by_role("article", name="The cluster")).to_have_count(0)
-    expect(page.locator("#welcome")).to_be_visible()
-
     chart = page.get_by_role("slider", name="Time to first token, through time")
     until("a sample with a first token", lambda: "ms" in chart.get_attribute("aria-valuetext") or " s" in chart.get_attribute("aria-valuetext"))
     chart.focus()
@@ -136,6 +128,14 @@ def first(browser, url, out):
     expect(page.locator(".reading:visible")).to_contain_text("p99")
     page.get_by_role("button", name="As tables").click()
     expect(page.get_by_role("group", name="Hand-off, as a table").get_by_role("row")).not_to_have_count(1)
+
+    page.get_by_label("Your message").fill(QUESTION)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("article", name="The cluster")).to_have_count(2)
+    expect(page.get_by_role("article", name="The cluster").last.locator(".worker.decode")).to_be_visible()
+    page.get_by_role("button", name="New chat").click()
+    expect(page.get_by_role("article", name="The cluster")).to_have_count(0)
+    expect(page.locator("#welcome")).to_be_visible()
     opened.close()
 
 

@@ -48,12 +48,13 @@ fn mutual_tls_whole_cluster_and_strangers() {
         let with = |issued: Issued| trusting().identity(Identity::from_pem(issued.cert, issued.key));
         for service in cluster.workers.iter().chain([&cluster.router]) {
             assert!(service.grpc.starts_with("https://"), "{}", service.grpc);
-            health(&service.grpc, Some(with(ours.issue("operator")))).await.expect("one of ours");
+            health(&service.grpc, Some(with(ours.issue("baton")))).await.expect("one of ours");
             let plain = service.grpc.replace("https://", "http://");
             for (who, address, tls) in [
                 ("unsecured", &plain, None),
                 ("without a certificate", &service.grpc, Some(trusting())),
                 ("of another authority", &service.grpc, Some(with(theirs.issue("baton")))),
+                ("of another name", &service.grpc, Some(with(ours.issue("etcd")))),
                 ("expired", &service.grpc, Some(with(ours.issue_expired("baton")))),
             ] {
                 health(address, tls).await.expect_err(&format!("{who}, {}", service.name));

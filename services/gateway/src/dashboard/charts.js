@@ -66,7 +66,8 @@ class Chart {
     this.figure = h("figure", { class: `card chart ${spec.kind}` },
       h("figcaption", null, h("h3", null, spec.title), this.now), this.plot, this.table, this.legend());
     this.plot.addEventListener("pointermove", (event) => this.point(event));
-    this.plot.addEventListener("pointerleave", () => this.read(null));
+    // Who reads by keyboard keeps the reading, wherever the pointer lies.
+    this.plot.addEventListener("pointerleave", () => { if (document.activeElement !== this.plot) this.read(null); });
     this.plot.addEventListener("blur", () => this.read(null));
     this.plot.addEventListener("keydown", (event) => this.press(event));
   }
