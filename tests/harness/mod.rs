@@ -23,8 +23,8 @@ pub use collector::Collector;
 pub use pool::Pool;
 pub use request::{Answer, Ask};
 
-/// For addresses that are not a whole cluster's.
-pub fn http_client(url: &str) -> http::Client {
+/// For addresses that are not a whole cluster's: of one service, or of none.
+pub fn client(url: &str) -> http::Client {
     http::Client::new(url).unwrap()
 }
 
@@ -33,9 +33,18 @@ pub fn is_proof(name: &str) -> bool {
     std::env::var("BATON_PROOF").is_ok_and(|asked| asked == name)
 }
 
-/// Of an address in the cluster.
-pub fn client(base: &str) -> http::Client {
-    http::Client::new(base).unwrap()
+/// What a program of tests/ says, which must end well.
+pub fn python(program: &str, arguments: &[&str]) -> String {
+    let python = root().join("target/tools/venv/bin/python");
+    assert!(python.exists(), "{} is missing: run `make test`, or `bash tests/install`", python.display());
+    let ran = std::process::Command::new(python)
+        .arg(root().join("tests").join(program))
+        .args(arguments)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&ran.stdout).into_owned();
+    assert!(ran.status.success(), "{said}{}", String::from_utf8_lossy(&ran.stderr));
+    said
 }
 
 /// Runs a scenario on a runtime of its own.

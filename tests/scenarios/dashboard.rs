@@ -1,22 +1,14 @@
 //! The dashboard as a person meets it, in Chromium, over a cluster of processes (tests/dashboard.py); and that it can be turned off.
 
-use crate::harness::{Cluster, alone, block_on, root};
-use std::process::Command;
+use crate::harness::{Cluster, alone, block_on, python, root};
 
 #[test]
 fn dashboard_in_a_browser() {
     let _alone = alone();
     let cluster = Cluster::up(&["--prefill", "2", "--decode", "2", "--threads", "1"]);
-    let python = root().join("target/tools/venv/bin/python");
-    assert!(python.exists(), "{} is missing: run `make test`, or `bash tests/install`", python.display());
-    let asked = Command::new(python)
-        .arg(root().join("tests/dashboard.py"))
-        .args([&cluster.url, &cluster.pid().to_string(), &cluster.worker("decode").pid.to_string()])
-        .arg(root().join("target/dashboard"))
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&asked.stdout);
-    assert!(asked.status.success(), "{said}{}", String::from_utf8_lossy(&asked.stderr));
+    let (up, decode) = (cluster.pid().to_string(), cluster.worker("decode").pid.to_string());
+    let pictures = root().join("target/dashboard");
+    let said = python("dashboard.py", &[&cluster.url, &up, &decode, pictures.to_str().unwrap()]);
     assert!(said.contains("the dashboard is sound"), "{said}");
 }
 

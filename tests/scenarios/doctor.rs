@@ -294,7 +294,7 @@ impl Records {
     /// Waits until the router knows so many.
     async fn members(&self, expected: usize) {
         let deadline = Instant::now() + Duration::from_secs(30);
-        let client = crate::harness::http_client(&self.url);
+        let client = crate::harness::client(&self.url);
         loop {
             let (_, body) = client.get("/status").await.unwrap();
             let status: Value = serde_json::from_slice(&body).unwrap();
@@ -385,7 +385,7 @@ fn url(listener: &tokio::net::TcpListener) -> String {
 /// A gateway that answers as the real one does, years ago.
 async fn a_clock_that_goes_wrong(cluster: &Cluster) {
     async fn pass(State(url): State<String>, uri: Uri) -> impl IntoResponse {
-        let (_, body) = crate::harness::http_client(&url).get(uri.path()).await.unwrap();
+        let (_, body) = crate::harness::client(&url).get(uri.path()).await.unwrap();
         ([("date", "Sun, 06 Nov 1994 08:49:37 GMT")], body)
     }
     let listener = listen().await;

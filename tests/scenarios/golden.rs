@@ -1,8 +1,8 @@
 //! The demo model answers what it was trained to answer, across two processes, with the cache found where it should be.
 
-use crate::harness::{Answer, Ask, Cluster, alone, block_on, golden, root};
+use crate::harness::{Answer, Ask, Cluster, alone, block_on, golden, python, root};
 use serde_json::{Value, json};
-use std::{collections::BTreeSet, process::Command};
+use std::collections::BTreeSet;
 
 /// Tokens of a block, and the chunk that these clusters prefill by.
 const BLOCK: usize = 64;
@@ -18,16 +18,9 @@ fn every_golden_answer_is_exact_through_the_openai_client() {
     let cluster = Cluster::up(&["--chunk", CHUNK]);
     block_on(async {
         let before = landed(&cluster).await;
-        let python = root().join("target/tools/venv/bin/python");
-        assert!(python.exists(), "{} is missing: run `make test`, or `bash tests/install`", python.display());
-        let asked = Command::new(python)
-            .arg(root().join("tests/golden.py"))
-            .args([format!("{}/v1", cluster.url).as_str(), &cluster.model])
-            .arg(root().join("deploy/demo/golden.jsonl"))
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&asked.stdout);
-        assert!(asked.status.success(), "{said}{}", String::from_utf8_lossy(&asked.stderr));
+        let answers = root().join("deploy/demo/golden.jsonl");
+        let arguments = [&format!("{}/v1", cluster.url), &cluster.model, answers.to_str().unwrap()];
+        let said = python("golden.py", &arguments);
         assert!(said.starts_with("552 of 552 exact"), "{said}");
         let prompts: usize = golden::golden().iter().map(|item| item.prompt_ids.len()).sum();
         let moved = landed(&cluster).await - before;

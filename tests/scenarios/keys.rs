@@ -1,6 +1,6 @@
 //! Tenants with keys, in front of a real cluster and through the official client; and what operators need keys and tokens for.
 
-use crate::harness::{Cluster, alone, baton, block_on, http::Client, root};
+use crate::harness::{Cluster, alone, baton, block_on, http::Client, python};
 use serde_json::Value;
 use std::{fs, path::Path, process::Command};
 use tempfile::TempDir;
@@ -35,15 +35,7 @@ fn keys_and_limits_through_the_openai_client() {
     let (operators, third) = new_key(&["operators", "--admin"]);
     fs::write(&file, first + &second + &third).unwrap();
     let cluster = Cluster::up(&["--threads", "1", "--gateway-set", &format!("keys.file={}", file.display())]);
-    let python = root().join("target/tools/venv/bin/python");
-    assert!(python.exists(), "{} is missing: run `make test`, or `bash tests/install`", python.display());
-    let asked = Command::new(python)
-        .arg(root().join("tests/keys.py"))
-        .args([format!("{}/v1", cluster.url).as_str(), &cluster.model, &counted, &metered])
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&asked.stdout);
-    assert!(asked.status.success(), "{said}{}", String::from_utf8_lossy(&asked.stderr));
+    python("keys.py", &[&format!("{}/v1", cluster.url), &cluster.model, &counted, &metered]);
     let limited = |limit: &str| {
         let labels = format!("limit=\"{limit}\"");
         block_on(cluster.metric(&cluster.gateway, "baton_gateway_limited_total", &labels))

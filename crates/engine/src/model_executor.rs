@@ -54,9 +54,7 @@ impl ModelExecutor {
         let memory = Arc::new(ModelMemory { commands: commands.clone(), layout, blocks, region });
         Ok(ModelExecutor { commands, outputs, submitted: 0, limits, memory })
     }
-}
 
-impl ModelExecutor {
     /// Why the device has ended. It says so before it takes no more commands.
     fn last_word(&mut self) -> ExecutorError {
         let said = std::iter::from_fn(|| self.outputs.try_recv().ok());

@@ -27,10 +27,10 @@ use tower_service::Service;
 
 const PATH: &str = "/baton.v1.Handoff/Deliver";
 /// Field numbers of handoff.proto.
-const OFFER: u32 = 2;
-const PAYLOAD: u32 = 4;
+pub(crate) const OFFER: u32 = 2;
+pub(crate) const PAYLOAD: u32 = 4;
 /// A flag, which says that nothing is compressed, and the length.
-const PREFIX: usize = 5;
+pub(crate) const PREFIX: usize = 5;
 
 /// Opens the call; `messages` go out as they come, `trace` with the call.
 pub async fn deliver(

@@ -2,6 +2,7 @@
 //! read it, and is copied once, into its block: tonic's decoder would first copy each into a buffer of its own. Whoever sends
 //! may be any gRPC client; a payload that does not come as an offer's last field is only slower.
 
+use crate::framing::{OFFER, PAYLOAD, PREFIX};
 use bytes::{Buf, Bytes};
 use http_body_util::BodyExt;
 use kv::Pieces;
@@ -13,11 +14,6 @@ use proto::{DeliverMessage, ErrorCode, Offer, deliver_message::Message};
 use std::collections::VecDeque;
 use tonic::body::Body;
 
-/// Field numbers of handoff.proto.
-const OFFER: u32 = 2;
-const PAYLOAD: u32 = 4;
-/// A flag, which says that nothing is compressed, and the length.
-const PREFIX: usize = 5;
 /// Of an offer's bytes: enough for every field before the payload.
 const HEAD: usize = 128;
 /// Neighbours that are no longer than this together are copied into one piece.

@@ -15,10 +15,12 @@ mod rdma;
 mod reach;
 mod report;
 
-use crate::{status, target::Target};
+use crate::{
+    status,
+    target::{AdminToken, Target},
+};
 use clap::Parser;
 use configs::{Read, Service};
-use credentials::TokenFile;
 use finding::Finding;
 use futures::future::join_all;
 use members::Member;
@@ -53,9 +55,8 @@ pub struct Args {
     /// File with the API key, if that gateway asks for one [default: the variable BATON_API_KEY]
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
-    /// File with the admin token, if the workers ask for one (`admin_token_file`)
-    #[arg(long, value_name = "FILE")]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    token: AdminToken,
     /// Endpoints of etcd, all of them; those that configuration files name are checked too
     #[arg(long, value_name = "URL,URL", value_delimiter = ',')]
     etcd: Vec<String>,
@@ -134,7 +135,7 @@ async fn between(members: &[Member], args: &Args, patience: Duration) -> Vec<Fin
     // Whoever does not answer here has been told already.
     let able = members.iter().zip(&answers).filter(|(member, answer)| answer.can_be_probed(member));
     let able: Vec<&Member> = able.map(|(member, _)| member).collect();
-    let token = match args.token_file.clone().map(|path| TokenFile::open(path)?.read()).transpose() {
+    let token = match args.token.read() {
         Ok(token) => token,
         Err(why) => {
             findings

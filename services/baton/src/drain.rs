@@ -1,12 +1,15 @@
 //! `baton drain`: has one worker leave the cluster in good order, and follows until it has left.
 
-use crate::{http::Client, status, target::Target};
+use crate::{
+    http::Client,
+    status,
+    target::{AdminToken, Target},
+};
 use anyhow::{Context, anyhow, bail};
 use clap::Parser;
-use credentials::TokenFile;
 use hyper::{Method, StatusCode};
 use serde_json::Value;
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{process::ExitCode, time::Duration};
 use tokio::time::{Instant, sleep};
 
 #[derive(Parser)]
@@ -15,9 +18,8 @@ pub struct Args {
     member: String,
     #[command(flatten)]
     target: Target,
-    /// File with the admin token, if the workers ask for one (`admin_token_file`)
-    #[arg(long, value_name = "FILE")]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    token: AdminToken,
     /// Return as soon as the worker has begun to leave
     #[arg(long)]
     no_wait: bool,
@@ -36,9 +38,7 @@ async fn drain(args: Args) -> anyhow::Result<()> {
     let status = status::fetch(&args.target).await?;
     let member = find(&status, &args.member)?;
     let (id, admin) = (text(&member["id"]), text(&member["admin"]));
-    let token =
-        args.token_file.clone().map(TokenFile::open).transpose().map_err(|problem| anyhow!(problem))?;
-    let token = token.map(|file| file.read()).transpose().map_err(|problem| anyhow!(problem))?;
+    let token = args.token.read().map_err(|problem| anyhow!(problem))?;
     let response = Client::new(&admin)?.with_bearer(token).open(Method::POST, "/drain", "{}".into()).await;
     let response = response.with_context(|| {
         format!("the admin port of {id} must be reachable from here; SIGTERM to its process does the same")
@@ -58,43 +58,41 @@ async fn drain(args: Args) -> anyhow::Result<()> {
 
 /// Looks that must not find it: a router that has just begun knows nobody yet.
 const ABSENT: u32 = 3;
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// Tells how much still runs there, until it is gone from the membership.
 async fn left(args: &Args, id: &str) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(args.timeout);
     let (mut told, mut absent) = (None, 0);
-    loop {
-        let status = match status::fetch(&args.target).await {
-            Ok(status) => status,
-            Err(error) if Instant::now() > deadline => return Err(error),
+    while absent < ABSENT {
+        match status::fetch(&args.target).await {
             // A gateway that is replaced meanwhile is back in a moment.
-            Err(_) => {
-                sleep(Duration::from_millis(200)).await;
-                continue;
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => {}
+            Ok(status) if is_lost(&status, id) => {
+                bail!("{id} went without having left: its process ended, or its lease; look at its log")
             }
-        };
-        if is_lost(&status, id) {
-            bail!("{id} went without having left: its process ended, or its lease; look at its log");
+            Ok(status) => match members(&status).find(|member| text(&member["id"]) == id) {
+                None => absent += 1,
+                Some(_) if Instant::now() > deadline => bail!("{id} has not left after {} s", args.timeout),
+                Some(member) => {
+                    absent = 0;
+                    tell(id, &member["load"]["running"], &mut told);
+                }
+            },
         }
-        let Some(member) = members(&status).find(|member| text(&member["id"]) == id) else {
-            absent += 1;
-            if absent == ABSENT {
-                println!("{id} has left");
-                return Ok(());
-            }
-            sleep(Duration::from_millis(200)).await;
-            continue;
-        };
-        absent = 0;
-        let running = member["load"]["running"].as_u64();
-        if running != told {
-            println!("{id} runs {} sequences", running.unwrap_or(0));
-            told = running;
-        }
-        if Instant::now() > deadline {
-            bail!("{id} has not left after {} s", args.timeout);
-        }
-        sleep(Duration::from_millis(200)).await;
+        sleep(LOOK_AGAIN).await;
+    }
+    println!("{id} has left");
+    Ok(())
+}
+
+/// How much runs there, when that has changed.
+fn tell(id: &str, running: &Value, told: &mut Option<u64>) {
+    let running = running.as_u64();
+    if running != *told {
+        println!("{id} runs {} sequences", running.unwrap_or(0));
+        *told = running;
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::http::Client;
 use anyhow::Context;
 use clap::Args;
+use credentials::TokenFile;
 use std::{fs, path::PathBuf};
 
 /// Name of the variable with the key: an argument would show in the list of processes.
@@ -16,6 +17,20 @@ pub struct Target {
     /// File with the API key, if the gateway asks for one [default: the variable BATON_API_KEY]
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
+}
+
+/// What workers that have one ask for before they are changed, besides any gateway.
+#[derive(Args, Clone)]
+pub struct AdminToken {
+    /// File with the admin token, if the workers ask for one (`admin_token_file`)
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+impl AdminToken {
+    pub fn read(&self) -> Result<Option<String>, String> {
+        self.token_file.clone().map(|path| TokenFile::open(path)?.read()).transpose()
+    }
 }
 
 impl Target {

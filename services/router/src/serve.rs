@@ -276,6 +276,7 @@ mod tests {
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::TcpStream,
+        task::JoinHandle,
     };
 
     async fn free_address() -> SocketAddr {
@@ -300,8 +301,14 @@ mod tests {
         timeout(Duration::from_secs(5), seen).await.unwrap_or_else(|_| panic!("never {what}"));
     }
 
-    #[tokio::test]
-    async fn members_join_a_request_is_answered_and_all_of_it_stops() {
+    struct Started {
+        listen: SocketAddr,
+        admin: SocketAddr,
+        stop: oneshot::Sender<()>,
+        router: JoinHandle<Result<(), Error>>,
+    }
+
+    async fn start() -> Started {
         let (listen, admin) = (free_address().await, free_address().await);
         let (stop, stopped) = oneshot::channel::<()>();
         let config = Config { listen, admin, ..fakes::config() };
@@ -309,6 +316,12 @@ mod tests {
         while TcpStream::connect(admin).await.is_err() {
             sleep(Duration::from_millis(10)).await;
         }
+        Started { listen, admin, stop, router }
+    }
+
+    #[tokio::test]
+    async fn members_join_a_request_is_answered_and_all_of_it_stops() {
+        let Started { listen, admin, stop, router } = start().await;
         assert!(get(admin, "/health").await.starts_with("HTTP/1.1 200"));
         until("says that no worker has joined", admin, "/ready", "no worker has joined").await;
 
@@ -338,13 +351,7 @@ mod tests {
     /// A gateway that reads slowly has events outstanding when its request has ended and the router stops.
     #[tokio::test]
     async fn the_last_events_get_out() {
-        let (listen, admin) = (free_address().await, free_address().await);
-        let (stop, stopped) = oneshot::channel::<()>();
-        let config = Config { listen, admin, ..fakes::config() };
-        let router = tokio::spawn(run(config, async { drop(stopped.await) }));
-        while TcpStream::connect(admin).await.is_err() {
-            sleep(Duration::from_millis(10)).await;
-        }
+        let Started { listen, admin, stop, router } = start().await;
         let members = connect(MembershipConfig::registry(format!("http://{listen}"))).unwrap();
         let world = Arc::new(World::default());
         let _prefill = members.join(world.worker("p", Role::Prefill).await);

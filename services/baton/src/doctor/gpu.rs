@@ -26,13 +26,13 @@ pub struct Gpu {
 pub struct Found {
     /// Whether this binary has kernels, and whether libcuda can be loaded.
     pub kernels: bool,
-    pub library: bool,
+    pub libcuda: bool,
     pub gpus: Result<Vec<Gpu>, String>,
 }
 
 pub fn gather() -> Found {
-    let (kernels, library) = worker::cuda();
-    Found { kernels, library, gpus: ask() }
+    let (kernels, libcuda) = worker::cuda();
+    Found { kernels, libcuda, gpus: ask() }
 }
 
 fn ask() -> Result<Vec<Gpu>, String> {
@@ -65,7 +65,7 @@ fn read(line: &str) -> Option<Gpu> {
 
 /// `share`: the largest `gpu_memory_utilization` of a worker that is to start here; absent if such workers run already.
 pub fn judge(found: &Found, share: Option<f32>) -> Vec<Finding> {
-    if !found.library {
+    if !found.libcuda {
         let why = match &found.gpus {
             Ok(_) => "libcuda.so.1 was not found, though nvidia-smi is here",
             Err(_) => "no GPU: neither libcuda.so.1 nor nvidia-smi is here",
@@ -159,10 +159,10 @@ mod tests {
 
     #[test]
     fn without_a_gpu_nothing_is_claimed() {
-        let found = Found { kernels: false, library: false, gpus: Err("nvidia-smi cannot be run".into()) };
+        let found = Found { kernels: false, libcuda: false, gpus: Err("nvidia-smi cannot be run".into()) };
         let findings = judge(&found, None);
         assert_eq!((findings.len(), findings[0].severity), (1, Severity::NotChecked));
-        let found = Found { kernels: false, library: true, gpus: Ok(vec![read(LINE).unwrap()]) };
+        let found = Found { kernels: false, libcuda: true, gpus: Ok(vec![read(LINE).unwrap()]) };
         let severities: Vec<Severity> = judge(&found, None).iter().map(|finding| finding.severity).collect();
         assert_eq!(severities, [Severity::Error, Severity::Ok]);
     }

@@ -26,15 +26,17 @@ pub async fn scraped(
     let status = status::fetch(gateway).await?;
     let members = status["members"].as_array().map(Vec::as_slice).unwrap_or_default();
     let admin = members.iter().filter_map(|member| member["admin"].as_str().map(str::to_owned));
-    let targets: Vec<String> =
-        std::iter::once(gateway.url.clone()).chain(routers.iter().cloned()).chain(admin).collect();
+    let others = routers.iter().cloned().chain(admin).map(|url| Ok((Client::new(&url)?, url)));
+    let gateway = gateway.client().map(|client| (client, gateway.url.clone()));
+    let targets: Vec<(Client, String)> =
+        std::iter::once(gateway).chain(others).collect::<anyhow::Result<_>>()?;
     let mut window = Window::default();
     let began = Instant::now();
     for turn in 0..=SCRAPES {
         sleep(((over / SCRAPES) * turn).saturating_sub(began.elapsed())).await;
         let time = began.elapsed().as_secs_f64();
-        let scrapes = targets.iter().map(|target| metrics(target, gateway));
-        for (target, text) in targets.iter().zip(join_all(scrapes).await) {
+        let scrapes = targets.iter().map(|(client, target)| metrics(client, target));
+        for ((_, target), text) in targets.iter().zip(join_all(scrapes).await) {
             window.add(time, target, &text?);
         }
     }
@@ -46,8 +48,7 @@ fn most_sequences(members: &[Value]) -> Option<u32> {
     decode.filter_map(|member| member["max_sequences"].as_u64()).min().and_then(|most| most.try_into().ok())
 }
 
-async fn metrics(target: &str, gateway: &Target) -> anyhow::Result<String> {
-    let client = if target == gateway.url { gateway.client()? } else { Client::new(target)? };
+async fn metrics(client: &Client, target: &str) -> anyhow::Result<String> {
     let (status, body) = timeout(PATIENCE, client.get("/metrics"))
         .await
         .with_context(|| format!("{target}/metrics did not answer within {PATIENCE:?}"))??;
