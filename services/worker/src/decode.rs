@@ -203,8 +203,9 @@ impl Life {
 
     async fn decode(&mut self, reservation: Reservation, commit: proto::Commit) -> Result<(), Stop> {
         let first = commit.first_token.ok_or_else(|| invalid("`commit.first_token` is missing"))?;
-        let running = reservation.activate(FirstToken(first.id)).await;
+        // From before the engine may begin: it can have the token before this task goes on.
         self.meter = Meter::after_first(Instant::now());
+        let running = reservation.activate(FirstToken(first.id)).await;
         self.emit(Wire::Decoding(proto::Decoding { first_token: Some(first) })).await?;
         self.stream(running).await
     }
