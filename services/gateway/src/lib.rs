@@ -17,6 +17,7 @@ mod record;
 mod server;
 mod stalls;
 mod text;
+mod unread;
 
 pub use config::{Config, Keys, Limits, Stream, Timeouts};
 pub use error::Error;
