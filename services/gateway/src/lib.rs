@@ -10,6 +10,7 @@ mod error;
 mod gateway;
 mod history;
 pub mod keys;
+mod looks;
 mod model;
 mod observe;
 mod problems;
