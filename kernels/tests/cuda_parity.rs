@@ -6,6 +6,8 @@ mod support;
 
 #[path = "cuda/attention.rs"]
 mod attention;
+#[path = "cuda/digest.rs"]
+mod digest;
 #[path = "cuda/elementwise.rs"]
 mod elementwise;
 #[path = "cuda/gate.rs"]

@@ -3,10 +3,11 @@
 
 use std::{
     fs,
+    hash::Hasher,
     io::{self, ErrorKind},
     path::Path,
 };
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::XxHash3_64;
 
 /// Those that a gateway reads. A model directory need not have all of them.
 const FILES: [&str; 5] = [
@@ -24,19 +25,19 @@ pub fn files_fingerprint(directory: &Path) -> io::Result<u64> {
     if !directory.join(TOKENIZER).exists() {
         return Ok(0);
     }
-    let mut hash = Xxh3::new();
+    let mut hash = XxHash3_64::new();
     for name in FILES {
         let bytes = match fs::read(directory.join(name)) {
             Ok(bytes) => Some(bytes),
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             Err(error) => return Err(io::Error::new(error.kind(), format!("{name}: {error}"))),
         };
-        hash.update(name.as_bytes());
-        hash.update(&bytes.as_ref().map_or(u64::MAX, |bytes| bytes.len() as u64).to_le_bytes());
-        hash.update(&bytes.unwrap_or_default());
+        hash.write(name.as_bytes());
+        hash.write(&bytes.as_ref().map_or(u64::MAX, |bytes| bytes.len() as u64).to_le_bytes());
+        hash.write(&bytes.unwrap_or_default());
     }
     // 0 means that there is none.
-    Ok(hash.digest().max(1))
+    Ok(hash.finish().max(1))
 }
 
 #[cfg(test)]

@@ -7,7 +7,8 @@
 //! bytes that could come (but once in 2^64), and the device that writes says so.
 
 use kv::{BlockHash, Digest};
-use xxhash_rust::xxh64::Xxh64;
+use std::hash::Hasher;
+use twox_hash::XxHash64;
 
 /// What the bytes of a block are claimed to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,12 +35,12 @@ impl Binding {
     }
 
     fn hash(&self) -> u64 {
-        let mut hasher = Xxh64::new(0);
-        hasher.update(&self.prefix.0.to_le_bytes());
-        hasher.update(&self.index.to_le_bytes());
-        hasher.update(&self.rows.to_le_bytes());
-        hasher.update(&self.layout.to_le_bytes());
-        hasher.digest()
+        let mut hasher = XxHash64::with_seed(0);
+        hasher.write(&self.prefix.0.to_le_bytes());
+        hasher.write(&self.index.to_le_bytes());
+        hasher.write(&self.rows.to_le_bytes());
+        hasher.write(&self.layout.to_le_bytes());
+        hasher.finish()
     }
 }
 

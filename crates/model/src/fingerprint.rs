@@ -1,8 +1,8 @@
 //! One number for "the same weights": workers exchange KV blocks only if it is equal.
 
 use crate::{Directory, Error, check_directory, checkpoint::Checkpoint, directory::Weights};
-use std::path::Path;
-use xxhash_rust::xxh3::Xxh3;
+use std::{hash::Hasher, path::Path};
+use twox_hash::XxHash3_64;
 
 /// Pieces of every tensor that are hashed, evenly spread, and the bytes of each. The whole of DeepSeek-V3 would take
 /// minutes to read; checkpoints that differ only in bytes never looked at are not told apart.
@@ -16,29 +16,29 @@ pub fn weights_fingerprint(dir: &Path) -> Result<u64, Error> {
 }
 
 pub(crate) fn of_directory(directory: &Directory) -> u64 {
-    let mut hasher = Xxh3::new();
-    hasher.update(format!("{:?}", directory.config).as_bytes());
+    let mut hasher = XxHash3_64::new();
+    hasher.write(format!("{:?}", directory.config).as_bytes());
     match &directory.weights {
         Weights::Files(checkpoint) => add_files(checkpoint, &mut hasher),
-        Weights::Random(random) => hasher.update(format!("random {}", random.seed).as_bytes()),
+        Weights::Random(random) => hasher.write(format!("random {}", random.seed).as_bytes()),
     }
-    hasher.digest()
+    hasher.finish()
 }
 
-fn add_files(checkpoint: &Checkpoint, hasher: &mut Xxh3) {
+fn add_files(checkpoint: &Checkpoint, hasher: &mut XxHash3_64) {
     for (name, entry) in checkpoint.iter() {
-        hasher.update(format!("{name} {:?} {:?}", entry.dtype, entry.shape).as_bytes());
+        hasher.write(format!("{name} {:?} {:?}", entry.dtype, entry.shape).as_bytes());
         sample(checkpoint.bytes(entry), hasher);
         checkpoint.forget(entry);
     }
 }
 
-fn sample(bytes: &[u8], hasher: &mut Xxh3) {
+fn sample(bytes: &[u8], hasher: &mut XxHash3_64) {
     if bytes.len() <= PIECES * PIECE_BYTES {
-        return hasher.update(bytes);
+        return hasher.write(bytes);
     }
     let stride = (bytes.len() - PIECE_BYTES) / (PIECES - 1);
     for piece in 0..PIECES {
-        hasher.update(&bytes[piece * stride..][..PIECE_BYTES]);
+        hasher.write(&bytes[piece * stride..][..PIECE_BYTES]);
     }
 }

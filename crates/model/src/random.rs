@@ -7,7 +7,7 @@
 use crate::{Config, Directory, Error, GenerationDefaults, checkpoint::read_text, names};
 use kernels::{Data, Dtype, Random, Tensor};
 use std::{collections::HashMap, path::Path};
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use twox_hash::XxHash3_64;
 
 const GATE_STD: f32 = 0.05;
 
@@ -79,6 +79,6 @@ impl RandomWeights {
             _ if name.ends_with(".mlp.gate.weight") => GATE_STD,
             _ => 1.0 / (cols as f32).sqrt(),
         };
-        Data::Random(Random { key: xxh3_64_with_seed(name.as_bytes(), self.seed), std })
+        Data::Random(Random { key: XxHash3_64::oneshot_with_seed(self.seed, name.as_bytes()), std })
     }
 }

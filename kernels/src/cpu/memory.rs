@@ -2,16 +2,31 @@
 //! apart is who holds a block: an offer's is read and a reservation's is written, and no step touches either meanwhile.
 
 use kv::Region;
-use std::{alloc, ptr::NonNull, sync::Arc};
+use memmap2::MmapMut;
+use std::{io, sync::Arc};
 
-/// Pages begin here, so that a device can register whole ones.
-const ALIGN: usize = 4096;
+/// Zeros in large pages.
+pub fn mapped(bytes: usize) -> io::Result<MmapMut> {
+    let map = MmapMut::map_anon(bytes)?;
+    large_pages(&map);
+    Ok(map)
+}
+
+/// Pages of 2 MiB where the system has them, for memory that nobody has touched yet: whoever copies blocks, in this process,
+/// out of a socket or out of another process's memory, then looks up 512 times fewer addresses.
+pub fn large_pages(map: &MmapMut) {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = map.advise(memmap2::Advice::HugePage) {
+        tracing::debug!(%error, "the system has no large pages: copies of blocks take longer");
+    }
+}
 
 /// `f32`s, zero at first; the system provides each page when it is touched.
 pub struct HostMemory {
-    pointer: NonNull<f32>,
+    /// Unmapped when this is dropped.
+    _map: MmapMut,
+    pointer: *mut f32,
     elements: usize,
-    layout: alloc::Layout,
 }
 
 // SAFETY: plain memory; who may use which part is said above.
@@ -21,16 +36,13 @@ unsafe impl Sync for HostMemory {}
 impl HostMemory {
     /// `None` if there is not so much.
     pub fn zeroed(elements: usize) -> Option<HostMemory> {
-        let bytes = elements.checked_mul(4)?.max(4);
-        let layout = alloc::Layout::from_size_align(bytes, ALIGN).ok()?;
-        // SAFETY: the size is not 0.
-        let pointer = NonNull::new(unsafe { alloc::alloc_zeroed(layout) })?.cast();
-        Some(HostMemory { pointer, elements, layout })
+        let mut map = mapped(elements.checked_mul(4)?.max(4)).ok()?;
+        Some(HostMemory { pointer: map.as_mut_ptr().cast(), elements, _map: map })
     }
 
     pub fn values(&self) -> &[f32] {
-        // SAFETY: allocated and initialised with this length.
-        unsafe { std::slice::from_raw_parts(self.pointer.as_ptr(), self.elements) }
+        // SAFETY: mapped with this length; zeros are values.
+        unsafe { std::slice::from_raw_parts(self.pointer, self.elements) }
     }
 
     /// # Safety
@@ -38,17 +50,10 @@ impl HostMemory {
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn values_mut(&self) -> &mut [f32] {
         // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.elements) }
+        unsafe { std::slice::from_raw_parts_mut(self.pointer, self.elements) }
     }
 
     pub fn region(self: &Arc<Self>) -> Region {
-        Region::new(self.pointer.as_ptr() as usize, 4 * self.elements, self.clone())
-    }
-}
-
-impl Drop for HostMemory {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this layout.
-        unsafe { alloc::dealloc(self.pointer.as_ptr().cast(), self.layout) }
+        Region::new(self.pointer as usize, 4 * self.elements, self.clone())
     }
 }

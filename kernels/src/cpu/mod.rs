@@ -22,6 +22,7 @@ pub use feed_forward::Linear;
 pub use gate::{Routing, route};
 pub use lanes::Level;
 pub use matrix::{Out, Packed, Product, Rows, multiply};
+pub use memory::{large_pages, mapped};
 pub use peak::peak_gflops;
 pub(crate) use philox::philox;
 pub use rounding::{Rounding, e4m3_round};

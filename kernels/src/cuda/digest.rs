@@ -9,7 +9,7 @@ pub(super) const KERNELS: &[&str] = &["digest_leaves"];
 
 /// Threads of a launch's blocks, and of a leaf.
 const THREADS: u32 = 32;
-const PER_LEAF: u32 = 4;
+const PER_LEAF: u32 = 8;
 
 /// The valid rows of a block: in each layer the first `width` bytes of every `stride`.
 #[derive(Clone, Copy, Debug)]

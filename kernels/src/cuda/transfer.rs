@@ -219,7 +219,7 @@ fn extent(rows: Rows) -> sys::CUDA_MEMCPY2D {
 impl Buffer {
     fn digest(&self, rows: Rows) -> Digest {
         let leaves = self.leaves.bytes()[..8 * rows.leaves()].as_chunks::<8>().0;
-        Digest::of_leaves(leaves.iter().map(|leaf| u64::from_le_bytes(*leaf)))
+        Digest::of_leaves(leaves.iter().map(|leaf| u64::from_le_bytes(*leaf)), rows.bytes())
     }
 }
 

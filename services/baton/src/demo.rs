@@ -6,6 +6,7 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
 };
+use twox_hash::XxHash3_64;
 
 /// Name under which the demo model is served.
 pub const NAME: &str = "baton-demo";
@@ -47,7 +48,7 @@ fn cache() -> PathBuf {
 
 /// Names what is embedded, so that another version of Baton unpacks elsewhere.
 fn fingerprint() -> u64 {
-    FILES.iter().fold(0, |hash, (_, bytes)| xxhash_rust::xxh3::xxh3_64_with_seed(bytes, hash))
+    FILES.iter().fold(0, |hash, (_, bytes)| XxHash3_64::oneshot_with_seed(hash, bytes))
 }
 
 fn is_whole(directory: &Path) -> bool {

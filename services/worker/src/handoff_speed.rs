@@ -15,9 +15,10 @@ use crate::{Error, buffers, load};
 use carry::{AT_ONCE, Carrier, Pace, Run};
 use figures::median;
 use kernels::cuda::LinkRates;
+use memmap2::MmapMut;
 use memory::{BLOCK_TOKENS, Size};
 use serde::{Deserialize, Serialize};
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{fmt, fs::File, io, path::PathBuf, time::Duration};
 use tokio::process::Command;
 
 /// Prompt tokens of the request whose protocol is timed.
@@ -184,10 +185,20 @@ impl Shared {
     fn create(bytes: usize) -> Result<Shared, Error> {
         let path = memory::shared_directory().join(format!("baton-bench-handoff-{}", std::process::id()));
         let shared = Shared(path);
-        let content: Vec<u8> = (0..bytes).map(|index| (index >> 12) as u8 | 1).collect();
-        let written = std::fs::write(&shared.0, content);
+        let written = shared.write(bytes);
         written.map_err(|error| Error::Measure(format!("cannot write {}: {error}", shared.0.display())))?;
         Ok(shared)
+    }
+
+    /// Through a mapping, so that it lies in pages of the size that the pools have.
+    fn write(&self, bytes: usize) -> io::Result<()> {
+        let file = File::options().read(true).write(true).create_new(true).open(&self.0)?;
+        file.set_len(bytes as u64)?;
+        // SAFETY: nobody else has the file yet.
+        let mut map = unsafe { MmapMut::map_mut(&file) }?;
+        kernels::cpu::large_pages(&map);
+        memory::fill(&mut map);
+        Ok(())
     }
 }
 

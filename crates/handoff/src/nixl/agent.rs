@@ -7,8 +7,8 @@ use crate::{
 };
 use kv::{KvError, KvMemory, Region, Reply, Transfer};
 use nixl_sys::{
-    Agent, MemType, MemoryRegion, NixlDescriptor, NixlError, OptArgs, RegistrationHandle, XferDescList,
-    XferOp, XferRequest, XferStatus,
+    Agent, AgentConfig, MemType, MemoryRegion, NixlDescriptor, NixlError, OptArgs, RegistrationHandle,
+    XferDescList, XferOp, XferRequest, XferStatus,
 };
 use std::{
     collections::VecDeque,
@@ -27,6 +27,9 @@ const COMMANDS: usize = 1024;
 const PEERS: usize = 64;
 /// Between looks at reads that are under way. A block of 4.5 MB takes about a millisecond.
 const PAUSE: Duration = Duration::from_micros(20);
+/// The library's own thread waits so long for a connection to have something for it, then looks by itself. By default it does
+/// not wait at all, and takes a whole core for as long as the agent lives.
+const DOZE: Duration = Duration::from_millis(1);
 const PLUGIN: &str = "UCX";
 const INSTALL: &str = "install NIXL (pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1) and start with \
     LD_LIBRARY_PATH=SITE/.nixl_cu12.mesonpy.libs:SITE/nixl_cu12.libs NIXL_PLUGIN_DIR=SITE/nixl_cu12.libs/nixl, SITE \
@@ -165,7 +168,8 @@ struct Flying {
 
 impl Watch {
     fn open(name: &str, region: Region) -> Result<(Watch, proto::Origin), Error> {
-        let agent = Agent::new(name).map_err(|error| failed("agent", &error))?;
+        let config = AgentConfig { pthr_delay_us: DOZE.as_micros() as u64, ..AgentConfig::default() };
+        let agent = Agent::new_configured(name, &config).map_err(|error| failed("agent", &error))?;
         let unusable =
             |error: NixlError| failed(&format!("its plugin {PLUGIN} cannot be used; {INSTALL}"), &error);
         let (_, parameters) = agent.get_plugin_params(PLUGIN).map_err(unusable)?;

@@ -8,6 +8,7 @@ use kv::{
     BlockId, Digest, HashedCopy, KvDtype, KvError, KvLayout, KvMemory, Payload, Region, Reply, StepId,
     Transfer,
 };
+use memmap2::MmapMut;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -73,7 +74,7 @@ pub struct Memories {
 impl Memories {
     pub fn new(size: &Size) -> Result<Memories, Error> {
         let layout = size.layout();
-        let pool = Pool::new(layout.block_bytes(), size.blocks);
+        let pool = Pool::new(layout.block_bytes(), size.blocks)?;
         let host = |checked| HostMemory::spawn(layout, size.blocks, pool.clone(), checked);
         let mut memories: HashMap<Memory, Arc<dyn KvMemory>> =
             HashMap::from([(Memory::HostUnchecked, host(false)?), (Memory::Host, host(true)?)]);
@@ -103,7 +104,7 @@ impl Memories {
     }
 }
 
-fn refused(error: handoff::Error) -> Error {
+fn refused(error: impl std::fmt::Display) -> Error {
     Error::Measure(error.to_string())
 }
 
@@ -123,16 +124,17 @@ fn model(size: &Size) -> String {
 
 /// The bytes of the host memories, one block after the other, at the same place as long as there is one of them.
 #[derive(Clone)]
-pub struct Pool(Arc<Mutex<Vec<u8>>>);
+pub struct Pool(Arc<Mutex<MmapMut>>);
 
 impl Pool {
-    /// Every page is written, so that no later copy pays for it.
-    fn new(block_bytes: usize, blocks: u32) -> Pool {
-        let bytes = (0..block_bytes * blocks as usize).map(|index| (index >> 12) as u8 | 1);
-        Pool(Arc::new(Mutex::new(bytes.collect())))
+    /// The memory that a backend's pool has.
+    fn new(block_bytes: usize, blocks: u32) -> Result<Pool, Error> {
+        let mut bytes = kernels::cpu::mapped(block_bytes * blocks as usize).map_err(refused)?;
+        fill(&mut bytes);
+        Ok(Pool(Arc::new(Mutex::new(bytes))))
     }
 
-    pub fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
+    pub fn lock(&self) -> MutexGuard<'_, MmapMut> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -140,6 +142,11 @@ impl Pool {
         let pool = self.lock();
         Region::new(pool.as_ptr() as usize, pool.len(), self.0.clone())
     }
+}
+
+/// Every page is written, so that no later copy pays for it.
+pub fn fill(bytes: &mut [u8]) {
+    bytes.iter_mut().enumerate().for_each(|(index, byte)| *byte = (index >> 12) as u8 | 1);
 }
 
 /// One thread copies, in the order of asking, as the executor's does.

@@ -20,6 +20,7 @@ use std::{
     fs::File,
     io::{self, Read, Write},
     net::{TcpListener, TcpStream},
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -133,7 +134,8 @@ impl Peer {
 fn copy(size: &Size, memories: &Memories) -> Result<f64, Error> {
     let path = size.shared.as_ref().ok_or_else(|| failed("no file is shared"))?;
     // SAFETY: the first process keeps the file as it is while this one copies.
-    let from = unsafe { memmap2::Mmap::map(&File::open(path).map_err(failed)?) }.map_err(failed)?;
+    let from = unsafe { memmap2::MmapMut::map_mut(&shared(path).map_err(failed)?) }.map_err(failed)?;
+    kernels::cpu::large_pages(&from);
     let mut to = memories.pool.lock();
     // Maps the pages, which is not what is measured.
     std::hint::black_box(from.iter().step_by(4096).fold(0u8, |sum, byte| sum ^ byte));
@@ -142,6 +144,10 @@ fn copy(size: &Size, memories: &Memories) -> Result<f64, Error> {
     let blocks = to.chunks_exact_mut(size.block_bytes).zip(from.chunks_exact(size.block_bytes));
     blocks.for_each(|(to, from)| to.copy_from_slice(from));
     Ok(began.elapsed().as_secs_f64())
+}
+
+fn shared(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).open(path)
 }
 
 /// One connection, block by block into the pool; a byte back when all are here.
