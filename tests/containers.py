@@ -17,9 +17,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PREBUILT = ROOT / "target/image/baton"
-BATON, ETCD, PROMETHEUS = "baton:test", "etcd:test", "prometheus:test"
-# Of the compose file, what this machine has images for: Grafana and the collector are not among Debian's packages.
+BATON = "baton:test"
+# Other programs of the compose file, and the settings that name their images. Grafana is not among Debian's packages.
+OTHERS = {"etcd": "ETCD_IMAGE", "prometheus": "PROMETHEUS_IMAGE"}
 SERVICES = ["etcd-1", "etcd-2", "etcd-3", "router", "gateway", "prefill-1", "prefill-2", "decode-1", "decode-2", "prometheus"]
+if shutil.which("otelcol"):
+    OTHERS["otelcol"] = "OTEL_IMAGE"
+    SERVICES.append("otel")
 URL = "http://127.0.0.1:8000"
 
 
@@ -59,8 +63,7 @@ class Engine:
         self.folder = Path(tempfile.mkdtemp(prefix="baton-containers-"))
         socket = self.folder / "engine.sock"
         self.environment = os.environ | {"DOCKER_HOST": f"unix://{socket}", "DOCKER_BUILDKIT": "1", "COMPOSE_PROJECT_NAME": "baton"}
-        for name, image in (("BATON_IMAGE", BATON), ("ETCD_IMAGE", ETCD), ("PROMETHEUS_IMAGE", PROMETHEUS)):
-            self.environment[name] = image
+        self.environment |= {"BATON_IMAGE": BATON} | {variable: f"{name}:test" for name, variable in OTHERS.items()}
         token = self.folder / "admin-token"
         token.write_text("0123456789-0123456789")
         token.chmod(0o644)
@@ -95,18 +98,18 @@ class Engine:
 
     def build(self):
         """Every image, from this machine's own programs and the libraries that they link."""
-        programs = {name: Path(shutil.which(name) or raise_absent(name)).resolve() for name in ("etcd", "prometheus")}
+        programs = {name: Path(shutil.which(name) or raise_absent(name)).resolve() for name in OTHERS}
         self.base(programs.values())
         deploy = ["build", "-q", "-f", ROOT / "deploy/Dockerfile", "--build-arg", "BINARY=prebuilt", "--build-arg", "BASE_IMAGE=base:test"]
         self.docker(*deploy, "--target", "baton", "-t", BATON, ROOT)
-        for name, image in (("etcd", ETCD), ("prometheus", PROMETHEUS)):
+        for name in OTHERS:
             context = self.folder / name
             context.mkdir()
             shutil.copy(programs[name], context / name)
             lines = ["FROM base:test", f"COPY {name} /usr/local/bin/{name}"]
-            lines += ['ENTRYPOINT ["/usr/local/bin/prometheus"]'] if name == "prometheus" else []
+            lines += [f'ENTRYPOINT ["/usr/local/bin/{name}"]'] if name != "etcd" else []
             (context / "Dockerfile").write_text("\n".join(lines))
-            self.docker("build", "-q", "-t", image, context)
+            self.docker("build", "-q", "-t", f"{name}:test", context)
 
     def base(self, others):
         """A base image as small as the published one: the C library, libgcc, and who is who."""

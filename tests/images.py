@@ -1,5 +1,6 @@
 """The images of deploy/Dockerfile and the cluster of deploy/compose.yaml, built and run: a question answered through gateway, router, prefill
-and decode containers, an answer that outlives the order to stop, and every query of dashboard and alerts asked of a real Prometheus.
+and decode containers, an answer that outlives the order to stop, every query of dashboard and alerts asked of a real Prometheus, and the
+spans of every service at a real collector.
 
     tests/contained tests/images.py
 """
@@ -11,7 +12,7 @@ import time
 import urllib.parse
 
 import yaml
-from containers import BATON, ROOT, URL, Engine, get, until
+from containers import BATON, ROOT, SERVICES, URL, Engine, get, until
 
 MODEL = "baton-demo"
 WORKERS = ["prefill-1", "prefill-2", "decode-1", "decode-2"]
@@ -118,6 +119,15 @@ def monitoring(engine):
     print(f"{len(queries)} queries of the dashboard answered, {len(alerts)} alerts evaluated, none fires")
 
 
+def traces(engine):
+    """The collector of the compose file takes the spans of every service."""
+    services = ("gateway", "router", "worker")
+    missing = lambda: [name for name in services if f"service.name={name}" not in engine.compose("logs", "otel")]
+    until("spans of every service at the collector", lambda: not missing(), 30)
+    assert engine.inspect(engine.container("otel"))["RestartCount"] == 0
+    print(f"the collector took spans of {', '.join(services)}")
+
+
 def restarts(engine):
     """The compose file has no setting that a service refuses: nothing has ended and come again."""
     for service in ["gateway", "router", *WORKERS]:
@@ -132,10 +142,15 @@ def main():
         began = time.monotonic()
         engine.start()
         print(f"ready {time.monotonic() - began:.1f} s after compose up")
-        for proof in (questions, hardening, drain, monitoring, restarts):
+        proofs = [questions, hardening, drain, monitoring, restarts]
+        if "otel" in SERVICES:
+            proofs.append(traces)
+        else:
+            print("there is no collector here: spans are not tried")
+        for proof in proofs:
             proof(engine)
         engine.compose("down", "-v")
-    print("5 passed, 0 failed")
+    print(f"{len(proofs)} passed, 0 failed")
 
 
 if __name__ == "__main__":

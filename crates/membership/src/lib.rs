@@ -23,6 +23,7 @@ pub use registration::Registration;
 pub use registry::RegistryServer;
 
 use proto::Member;
+use std::collections::VecDeque;
 use tokio::sync::watch;
 
 /// All members at one time, ascending by id.
@@ -33,7 +34,13 @@ pub struct View {
     pub revision: u64,
     /// Whether the source answers now; if not, `members` is what it last said.
     pub connected: bool,
+    /// Ids of the latest that went with `draining` in their last record: they left in good order. An observer that
+    /// sees only some views may never have seen that record. At most [`LEFT`], the latest last.
+    pub left: VecDeque<String>,
 }
+
+/// Ids in [`View::left`].
+pub const LEFT: usize = 64;
 
 /// Calls may come from any task of a tokio runtime; work goes on in tasks of that runtime.
 pub trait Membership: Send + Sync {

@@ -2,10 +2,14 @@
 //! and one observer can be cut off from it while others are not. Keeps the same contract as etcd and the
 //! registry; nothing survives the process.
 
-use crate::{Error, Membership, Registration, View, registration::Presence, roster::Roster};
+use crate::{
+    Error, Membership, Registration, View,
+    registration::Presence,
+    roster::{self, Roster},
+};
 use proto::Member;
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -28,6 +32,8 @@ struct State {
     /// Clients that do not reach it.
     cut: BTreeSet<String>,
     records: BTreeMap<String, Record>,
+    /// As in [`View::left`].
+    left: VecDeque<String>,
     /// The latest join with each id: it alone may write.
     holders: BTreeMap<String, u64>,
     joins: u64,
@@ -78,13 +84,11 @@ impl State {
         !self.away && !self.cut.contains(name)
     }
 
-    fn live(&self) -> Vec<Member> {
+    /// Who is here, and who has left.
+    fn live(&self) -> (Vec<Member>, VecDeque<String>) {
         let now = Instant::now();
-        self.records
-            .values()
-            .filter(|record| record.expires > now)
-            .map(|record| record.member.clone())
-            .collect()
+        let live = self.records.values().filter(|record| record.expires > now);
+        (live.map(|record| record.member.clone()).collect(), self.left.clone())
     }
 
     fn next_expiry(&self) -> Option<Instant> {
@@ -139,7 +143,7 @@ async fn hold(source: Memory, name: String, mut presence: Presence) {
             presence.set_visible();
         }
         tokio::select! {
-            () = &mut left => return leave(&source, &name, number, &presence.latest().id),
+            () = &mut left => return leave(&source, &name, number, &presence.latest()),
             _ = renew.tick() => {}
             () = presence.changed(), if reached => {}
             () = reached_again(&mut changes, &name) => {}
@@ -185,10 +189,15 @@ impl State {
     }
 }
 
-fn leave(source: &Memory, name: &str, number: Option<u64>, id: &str) {
+/// `last` is its last record, by which others know how it left.
+fn leave(source: &Memory, name: &str, number: Option<u64>, last: &Member) {
     source.state.send_if_modified(|state| {
-        let mine = number.is_some() && state.holders.get(id).copied() == number;
-        mine && state.reached_by(name) && state.records.remove(id).is_some()
+        let mine = number.is_some() && state.holders.get(&last.id).copied() == number;
+        let removed = mine && state.reached_by(name) && state.records.remove(&last.id).is_some();
+        if removed && last.draining {
+            roster::note_left(&mut state.left, last.id.clone());
+        }
+        removed
     });
 }
 
@@ -200,8 +209,8 @@ async fn follow(source: Memory, name: String, lag: Duration, mut roster: Roster)
             return;
         }
         sleep(lag).await;
-        let members = changes.borrow_and_update().live();
-        roster.reconnected(members, source.lease);
+        let (members, left) = changes.borrow_and_update().live();
+        roster.reconnected(members, left, source.lease);
         while changes.borrow().reached_by(&name) {
             let expiry = changes.borrow().next_expiry();
             tokio::select! {
@@ -211,7 +220,8 @@ async fn follow(source: Memory, name: String, lag: Duration, mut roster: Roster)
             }
             let state = changes.borrow_and_update();
             if state.reached_by(&name) {
-                roster.replace(state.live());
+                let (members, left) = state.live();
+                roster.replace(members, left);
             }
         }
         roster.disconnected();

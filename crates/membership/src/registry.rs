@@ -83,13 +83,15 @@ impl Membership for RegistryServer {
             let mut left = std::pin::pin!(presence.left());
             loop {
                 tokio::select! {
-                    () = &mut left => return,
+                    () = &mut left => break,
                     () = presence.changed() => {}
                 }
                 if !claim.update(presence.latest()) {
                     return tracing::warn!(id = claim.id, "{}", crate::Error::Superseded);
                 }
             }
+            // The last record, by which others know how it left.
+            claim.update(presence.latest());
         })
     }
 
@@ -271,5 +273,10 @@ async fn next_view(shared: &Shared, view: &mut watch::Receiver<View>) -> proto::
     }
     time::sleep(PACE).await;
     let view = view.borrow_and_update();
-    proto::View { members: view.members.clone(), revision: view.revision, lease_ms: shared.lease_ms() }
+    proto::View {
+        members: view.members.clone(),
+        revision: view.revision,
+        lease_ms: shared.lease_ms(),
+        left: view.left.iter().cloned().collect(),
+    }
 }

@@ -107,13 +107,14 @@ async fn follow_once(mut client: Client<Channel>, roster: &mut Roster, link: &mu
     let mut views = answer(request).await??.into_inner();
     let view = answer(views.message()).await??.ok_or(Error::Ended)?;
     let lease = lease(view.lease_ms);
-    roster.reconnected(view.members, lease);
+    roster.reconnected(view.members, view.left, lease);
     link.up();
     loop {
         tokio::select! {
             view = time::timeout(lease, views.message()) => {
                 let view = view.map_err(|_| Error::Silent(lease))??;
-                roster.replace(view.ok_or(Error::Ended)?.members);
+                let view = view.ok_or(Error::Ended)?;
+                roster.replace(view.members, view.left);
             }
             () = roster.expire() => {}
         }
@@ -173,7 +174,8 @@ async fn converse(
     let mut updated_at = heard_at;
     loop {
         tokio::select! {
-            () = &mut left => return Ok(()),
+            // The last record, by which others know how it left.
+            () = &mut left => return send(sender, Message::Update(presence.latest())),
             reply = replies.message() => {
                 heard(reply)?;
                 heard_at = Instant::now();

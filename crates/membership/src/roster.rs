@@ -2,10 +2,10 @@
 //! are not back yet stay for one lease, because a lease that ran out while nobody could renew it
 //! says nothing about its member. Every change is published as a whole view.
 
-use crate::View;
+use crate::{LEFT, View};
 use proto::Member;
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashSet, VecDeque},
     time::Duration,
 };
 use tokio::{
@@ -31,22 +31,32 @@ impl Roster {
     }
 
     /// The source answers (again) and names `members`; who is missing gets `grace`.
-    pub fn reconnected(&mut self, members: Vec<Member>, grace: Duration) {
+    pub fn reconnected(
+        &mut self,
+        members: Vec<Member>,
+        left: impl IntoIterator<Item = String>,
+        grace: Duration,
+    ) {
         let until = Instant::now() + grace;
         for member in &self.view.borrow().members {
             self.kept.insert(member.id.clone(), until);
         }
-        self.replace(members);
+        self.replace(members, left);
     }
 
-    /// The source's present whole set.
-    pub fn replace(&mut self, members: Vec<Member>) {
+    /// The source's present whole set, and who it says has left lately.
+    pub fn replace(&mut self, members: Vec<Member>, left: impl IntoIterator<Item = String>) {
         let named: HashSet<String> = members.iter().map(|member| member.id.clone()).collect();
-        self.kept.retain(|id, _| !named.contains(id));
+        let left: Vec<String> = left.into_iter().filter(|id| !named.contains(id)).collect();
+        self.kept.retain(|id, _| !named.contains(id) && !left.contains(id));
         change_view(&self.view, |view| {
-            let before = view.members.len();
-            view.members.retain(|member| named.contains(&member.id) || self.kept.contains_key(&member.id));
-            let removed = view.members.len() != before;
+            let stays = |member: &Member| named.contains(&member.id) || self.kept.contains_key(&member.id);
+            let (stay, gone): (Vec<_>, Vec<_>) =
+                std::mem::take(&mut view.members).into_iter().partition(stays);
+            view.members = stay;
+            gone.iter().for_each(|member| note(view, member));
+            left.into_iter().for_each(|id| note_left(&mut view.left, id));
+            let removed = !gone.is_empty();
             let put = members.into_iter().fold(false, |changed, member| put(view, member) | changed);
             let connected = !std::mem::replace(&mut view.connected, true);
             removed | put | connected
@@ -105,13 +115,34 @@ pub(crate) fn put(view: &mut View, member: Member) -> bool {
     match find(view, &member.id) {
         Ok(at) if view.members[at] == member => return false,
         Ok(at) => view.members[at] = member,
-        Err(at) => view.members.insert(at, member),
+        Err(at) => {
+            view.left.retain(|id| *id != member.id);
+            view.members.insert(at, member);
+        }
     }
     true
 }
 
 pub(crate) fn remove(view: &mut View, id: &str) -> bool {
-    find(view, id).map(|at| view.members.remove(at)).is_ok()
+    let removed = find(view, id).map(|at| view.members.remove(at));
+    removed.inspect(|member| note(view, member)).is_ok()
+}
+
+/// `member` has gone.
+fn note(view: &mut View, member: &Member) {
+    if member.draining {
+        note_left(&mut view.left, member.id.clone());
+    }
+}
+
+pub(crate) fn note_left(left: &mut VecDeque<String>, id: String) {
+    if left.contains(&id) {
+        return;
+    }
+    if left.len() == LEFT {
+        left.pop_front();
+    }
+    left.push_back(id);
 }
 
 fn find(view: &View, id: &str) -> Result<usize, usize> {
@@ -137,7 +168,7 @@ mod tests {
     fn connected() -> (Roster, watch::Receiver<View>) {
         let (sender, view) = watch::channel(View::default());
         let mut roster = Roster::new(sender);
-        roster.reconnected(vec![member("b"), member("a"), member("c")], GRACE);
+        roster.reconnected(vec![member("b"), member("a"), member("c")], [], GRACE);
         assert!(roster.kept.is_empty());
         (roster, view)
     }
@@ -148,10 +179,10 @@ mod tests {
         roster.disconnected();
         assert_eq!((ids(&view).as_str(), view.borrow().connected), ("a b c", false));
         time::advance(GRACE * 10).await;
-        roster.reconnected(vec![], GRACE);
+        roster.reconnected(vec![], [], GRACE);
         assert_eq!((ids(&view).as_str(), view.borrow().connected), ("a b c", true));
         roster.apply([Change::Put(member("b").into())]);
-        roster.replace(vec![member("b"), member("d")]);
+        roster.replace(vec![member("b"), member("d")], []);
         assert_eq!(ids(&view), "a b c d");
         let start = Instant::now();
         roster.expire().await;
@@ -161,18 +192,38 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn who_was_seen_again_is_removed_at_once() {
         let (mut roster, view) = connected();
-        roster.reconnected(vec![member("a")], GRACE);
+        roster.reconnected(vec![member("a")], [], GRACE);
         roster.apply([Change::Put(member("b").into()), Change::Remove("a".into())]);
         assert_eq!(ids(&view), "b c");
-        roster.replace(vec![]);
+        roster.replace(vec![], []);
         assert_eq!(ids(&view), "c");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_left_in_good_order_is_told_from_who_was_lost() {
+        let (mut roster, view) = connected();
+        let leaving = |id| Member { draining: true, ..member(id) };
+        roster.apply([
+            Change::Put(leaving("a").into()),
+            Change::Remove("a".into()),
+            Change::Remove("b".into()),
+        ]);
+        assert_eq!(view.borrow().left, ["a"]);
+        roster.disconnected();
+        roster.reconnected(vec![], ["c".into(), "a".into()], GRACE);
+        assert_eq!(
+            (ids(&view).as_str(), view.borrow().left.clone()),
+            ("", ["a", "c"].map(String::from).into())
+        );
+        roster.replace(vec![], (0..LEFT).map(|n| n.to_string()));
+        assert_eq!((view.borrow().left.len(), view.borrow().left[0].as_str()), (LEFT, "0"));
     }
 
     #[tokio::test]
     async fn only_changes_are_published_and_together() {
         let (mut roster, mut view) = connected();
         view.mark_unchanged();
-        roster.replace(vec![member("a"), member("b"), member("c")]);
+        roster.replace(vec![member("a"), member("b"), member("c")], []);
         roster.apply([Change::Put(member("a").into()), Change::Remove("x".into())]);
         assert!(!view.has_changed().unwrap());
         let revision = view.borrow().revision;

@@ -11,7 +11,7 @@ use kv::{BlockHash, hash_blocks};
 use membership::View;
 use proto::{Load, LostMember, Member, Role};
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -90,7 +90,7 @@ impl Cluster {
                 None => drop(state.members.insert(member.id.clone(), self.newcomer(member))),
             }
         }
-        state.compare(before);
+        state.compare(before, &view.left);
         state.silent = if view.connected { None } else { state.silent.or_else(|| Some(Instant::now())) };
         state.members.retain(|_, known| known.present || known.slots > 0 || known.owed_requests > 0);
         drop(state);
@@ -273,12 +273,12 @@ impl State {
         present.map(|(id, known)| (known.present = false, id.clone()).1).collect()
     }
 
-    /// Who came and who was lost since `before`.
-    fn compare(&mut self, before: BTreeSet<String>) {
+    /// Who came since `before`, and who was lost: went without being in `left`.
+    fn compare(&mut self, before: BTreeSet<String>, left: &VecDeque<String>) {
         let State { members, lost, .. } = self;
         for (id, known) in members.iter() {
             match (before.contains(id), known.present) {
-                (true, false) if !known.member.draining => lost.add(known.member.clone()),
+                (true, false) if !left.contains(id) => lost.add(known.member.clone()),
                 (false, true) => lost.replace(&known.member),
                 _ => {}
             }

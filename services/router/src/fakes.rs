@@ -389,7 +389,12 @@ impl Bench {
     }
 
     pub fn view(&self, members: &[Member]) {
-        self.shared.cluster.update(&View { members: members.to_vec(), revision: 1, connected: true });
+        self.shared.cluster.update(&View {
+            members: members.to_vec(),
+            revision: 1,
+            connected: true,
+            ..View::default()
+        });
     }
 
     pub fn script(&self, decode: &[DecodeScript], prefill: &[PrefillScript]) {

@@ -19,6 +19,8 @@ use tonic::Code;
 const PACE: Duration = Duration::from_millis(200);
 /// Own leases remembered, to tell a key written under one of them from another owner's.
 const LEASES: usize = 16;
+/// For the last record of one who leaves: less than [`Registration::leave`](crate::Registration::leave) waits.
+const LAST_RECORD: Duration = Duration::from_secs(1);
 /// Conditional writes in a row before backing off.
 const WRITES: usize = 4;
 
@@ -211,11 +213,16 @@ impl Holder {
         answer
     }
 
-    /// Revoking the lease deletes the key. No use trying for longer than the lease lives.
-    async fn leave(self) {
+    /// Writes the last record, by which others know how it left; revoking the lease then deletes the key. No use
+    /// trying for longer than the lease lives.
+    async fn leave(mut self) {
         let Some(Lease { id, .. }) = self.lease else {
             return;
         };
+        let last = self.presence.latest();
+        if self.written.as_ref() != Some(&last) {
+            let _ = time::timeout(LAST_RECORD, self.write(id, last)).await;
+        }
         let mut backoff = Backoff::within_lease(self.ttl);
         let revoke =
             |client: etcd_client::Client| async move { client.lease_client().revoke(id).await.map(drop) };

@@ -31,7 +31,7 @@ impl Watcher {
             match self.start().await {
                 Ok((found, stream)) => {
                     self.link.up();
-                    self.roster.reconnected(self.members(&found), self.ttl);
+                    self.roster.reconnected(self.members(&found), [], self.ttl);
                     let started = Instant::now();
                     // The loss of one endpoint is not the loss of etcd: say nothing yet.
                     if let Err(error) = self.follow(stream).await {

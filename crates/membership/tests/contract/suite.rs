@@ -128,7 +128,19 @@ pub async fn members_appear_change_and_leave(source: &mut impl Source) {
     drop(two);
     for view in &mut views {
         until(view, AT_ONCE, "dropped", |view| view.members.is_empty()).await;
+        assert_eq!(view.borrow().left, ["two"], "one did not drain");
     }
+
+    // Too quick for anybody to have seen it draining.
+    let three = a.join(member("three"));
+    joined(&three).await;
+    until(&mut views[1], AT_ONCE, "back", |view| ids(view) == ["three"]).await;
+    three.update(|member| member.draining = true);
+    three.leave().await;
+    until(&mut views[1], AT_ONCE, "left", |view| {
+        view.members.is_empty() && view.left.contains(&"three".into())
+    })
+    .await;
 }
 
 pub async fn every_view_is_whole(source: &mut impl Source) {
