@@ -136,7 +136,7 @@ def monitoring(engine):
 
 def traces(engine):
     """The collector of the compose file takes the spans of every service."""
-    services = ("gateway", "router", "worker")
+    services = ("baton-gateway", "baton-router", "baton-prefill", "baton-decode")
     missing = lambda: [name for name in services if f"service.name={name}" not in engine.compose("logs", "otel")]
     until("spans of every service at the collector", lambda: not missing(), 30)
     assert engine.inspect(engine.container("otel"))["RestartCount"] == 0
