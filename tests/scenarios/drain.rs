@@ -113,23 +113,16 @@ fn only_workers_that_match_are_paired() {
     let _alone = alone();
     let cluster = Cluster::up(&["--threads", "1"]);
     let registry = format!("membership.registry={:?}", cluster.router.grpc);
-    let mut other = std::process::Command::new(baton())
-        .args([
-            "worker",
-            "--role",
-            "decode",
-            "--set",
-            &registry,
-            "--set",
-            "block_tokens=32",
-            "--set",
-            "threads=1",
-        ])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("baton starts");
+    let other = ["worker", "--role", "decode", "--set", &registry, "--set", "block_tokens=32"];
     block_on(async {
+        let _other = Command::new(baton())
+            .args(other)
+            .args(["--set", "threads=1"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("baton starts");
         let joined = async {
             while !run(&["status"], &cluster.url)
                 .await
@@ -147,6 +140,4 @@ fn only_workers_that_match_are_paired() {
             assert_eq!(answer.unwrap().decode, matching);
         }
     });
-    let _ = other.kill();
-    let _ = other.wait();
 }

@@ -10,10 +10,13 @@ use serde_json::{Value, json};
 use std::{
     collections::BTreeSet,
     future::Future,
-    process::{Child, Command, Stdio},
+    process::Stdio,
     time::{Duration, Instant},
 };
-use tokio::time::sleep;
+use tokio::{
+    process::{Child, Command},
+    time::sleep,
+};
 
 const PAIRS: [&str; 6] = ["--prefill", "2", "--decode", "2", "--threads", "1"];
 
@@ -53,10 +56,10 @@ fn faults_a_device_that_fails_ends_its_worker_and_no_request() {
         let asks: Vec<Ask> = (0..16).map(|n| Ask::new(&golden::prose(100 + 20 * n, n), 60)).collect();
         let expected = join_all(asks.iter().map(|ask| ask.send(&cluster))).await;
         let victim = start_failing(&cluster, 40);
-        let pid = u64::from(victim.id());
+        let pid = victim.id().expect("it runs");
         until(|| async { members(&cluster).await.iter().any(|member| member["pid"] == pid) }).await;
         let found = join_all(asks.iter().map(|ask| ask.send(&cluster))).await;
-        let ended = tokio::task::spawn_blocking(move || victim.wait_with_output().unwrap()).await.unwrap();
+        let ended = victim.wait_with_output().await.unwrap();
         let said = String::from_utf8_lossy(&ended.stderr).into_owned();
         assert_eq!(ended.status.code(), Some(1), "{said}");
         let last = said.lines().last().unwrap_or_default();
@@ -77,6 +80,7 @@ fn start_failing(cluster: &Cluster, step: u32) -> Child {
         .args(["worker", "--role", "decode", "--set", &registry, "--set", &fail, "--set", "threads=1"])
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
+        .kill_on_drop(true)
         .spawn()
         .expect("baton starts")
 }

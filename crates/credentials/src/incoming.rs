@@ -1,19 +1,20 @@
 //! The server's side: connections appear once they are secured. They are secured beside each other and each within its time,
-//! so that one which says nothing holds up none.
+//! and where there are too many the oldest is given up: however many say nothing, they hold up none that comes.
 
 use crate::Tls;
 use futures::Stream;
 use std::{
+    collections::VecDeque,
+    future::Future,
     io,
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::{mpsc, oneshot},
     time::{sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -21,7 +22,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// For one handshake.
 const HANDSHAKE: Duration = Duration::from_secs(5);
-/// Handshakes at the same time; further connections wait in the listener's queue.
+/// Handshakes at the same time. One of us is done in a few round trips: the oldest are those that say nothing.
 const HANDSHAKES: usize = 256;
 /// After an error of the listener, such as too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -49,9 +50,8 @@ impl Stream for Incoming {
 }
 
 async fn accept(listener: TcpListener, tls: Tls, secured: mpsc::Sender<TlsStream<TcpStream>>) {
-    let places = Arc::new(Semaphore::new(HANDSHAKES));
+    let mut pending = Pending::default();
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
         let (tcp, from) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -60,15 +60,41 @@ async fn accept(listener: TcpListener, tls: Tls, secured: mpsc::Sender<TlsStream
                 continue;
             }
         };
-        let (tls, secured) = (tls.clone(), secured.clone());
+        let (tls, secured, given_up) = (tls.clone(), secured.clone(), pending.begin());
         tokio::spawn(async move {
-            let outcome = secure(&tls, tcp).await;
-            drop(place);
-            match outcome {
+            match unless(given_up, secure(&tls, tcp)).await {
                 Ok(stream) => drop(secured.send(stream).await),
                 Err(error) => refused(&tls, from, &error),
             }
         });
+    }
+}
+
+/// Handshakes under way, the oldest first. Each ends when its sender is dropped.
+#[derive(Default)]
+struct Pending(VecDeque<oneshot::Sender<()>>);
+
+impl Pending {
+    /// Room for one more: it ends when what this gives resolves.
+    fn begin(&mut self) -> oneshot::Receiver<()> {
+        self.0.retain(|handshake| !handshake.is_closed());
+        if self.0.len() >= HANDSHAKES {
+            self.0.pop_front();
+        }
+        let (handshake, given_up) = oneshot::channel();
+        self.0.push_back(handshake);
+        given_up
+    }
+}
+
+async fn unless<T>(
+    given_up: oneshot::Receiver<()>,
+    handshake: impl Future<Output = io::Result<T>>,
+) -> io::Result<T> {
+    tokio::select! {
+        biased;
+        outcome = handshake => outcome,
+        _ = given_up => Err(io::Error::other(format!("{HANDSHAKES} others have begun since, and it was not done"))),
     }
 }
 

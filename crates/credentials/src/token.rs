@@ -21,9 +21,9 @@ pub enum Denied {
     Missing,
     #[error("this is not the admin token")]
     Wrong,
-    /// Nobody may, until this is mended.
-    #[error("the admin token cannot be read: {0}")]
-    Unreadable(String),
+    /// Nobody may, until this is mended. Why is for the log: whoever asks need not know where what lies.
+    #[error("nobody can be let in: the admin token cannot be read, and this service's log says why")]
+    Unreadable,
 }
 
 impl TokenFile {
@@ -50,10 +50,15 @@ impl TokenFile {
 
     /// Whether an `authorization` header brings it.
     pub fn check(&self, authorization: Option<&str>) -> Result<(), Denied> {
-        let token = self.read().map_err(Denied::Unreadable)?;
+        let token = self.read().map_err(unreadable)?;
         let given = bearer(authorization.unwrap_or_default()).ok_or(Denied::Missing)?;
         if equal(token.as_bytes(), given.as_bytes()) { Ok(()) } else { Err(Denied::Wrong) }
     }
+}
+
+fn unreadable(problem: String) -> Denied {
+    tracing::error!(%problem, "the admin token cannot be read; correct the file that `admin_token_file` names");
+    Denied::Unreadable
 }
 
 /// What stands behind `Bearer` in an `authorization` header.
@@ -98,6 +103,8 @@ mod tests {
         assert_eq!(file.check(Some("Bearer 0123456789abcdef")), Err(Denied::Wrong));
         assert_eq!(file.check(Some("Bearer fedcba9876543210")), Ok(()));
         fs::remove_file(&path).unwrap();
-        assert!(matches!(file.check(Some("Bearer fedcba9876543210")), Err(Denied::Unreadable(_))));
+        let denied = file.check(Some("Bearer fedcba9876543210")).unwrap_err();
+        let said = format!("{denied} {denied:?}");
+        assert!(said.contains("log") && !said.contains(dir.path().to_str().unwrap()), "{said}");
     }
 }

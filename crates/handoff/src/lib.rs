@@ -13,6 +13,7 @@ pub mod nixl;
 pub mod placement;
 pub mod receive;
 pub mod receiver;
+mod replies;
 pub mod sender;
 pub mod serve;
 pub mod transport;

@@ -7,6 +7,7 @@ use crate::{
     direct::Pool,
     landing::{self, Landing, Place},
     receiver::{Action, Answer, Event, Patience, Receiver, Reply, State},
+    replies::Replies,
 };
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use kv::{BlockId, KvError, Pieces, StepId};
@@ -23,8 +24,6 @@ const NO_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
 /// Index and bytes of a block, and how its copy ended.
 type Write = BoxFuture<'static, (u32, u64, Result<(), KvError>)>;
-
-pub(crate) type Replies = mpsc::Sender<Result<proto::DeliverReply, tonic::Status>>;
 
 /// Where a delivery stream puts what it hears. Cheap to clone; closed when the reservation has ended.
 #[derive(Clone)]
@@ -216,7 +215,7 @@ impl Incoming {
     /// The current epoch is heard from one stream only, the last that opened it with a matching identity.
     fn take(&mut self, Parcel { epoch, content, replies }: Parcel) {
         let current = epoch == self.receiver.epoch();
-        let admitted = |(_, stream): &(u32, Replies)| stream.same_channel(&replies);
+        let admitted = |(_, stream): &(u32, Replies)| stream.are_of(&replies);
         if let Content::Open(open) = content {
             self.open(epoch, open, replies);
         } else if !current || self.stream.as_ref().is_some_and(admitted) {
@@ -226,7 +225,7 @@ impl Incoming {
 
     fn open(&mut self, epoch: u32, open: proto::DeliverOpen, replies: Replies) {
         if let Some(error) = self.mismatch(&open) {
-            return send(&replies, Wire::Error(error));
+            return replies.say(Wire::Error(error));
         }
         if epoch == self.receiver.epoch() {
             self.origin = open.origin;
@@ -235,7 +234,7 @@ impl Incoming {
             && let Some((_, former)) = self.stream.replace((epoch, replies.clone()))
         {
             let why = "another delivery of the same epoch took over";
-            send(&former, Wire::Error(proto::Error::new(ErrorCode::StaleEpoch, why)));
+            former.say(Wire::Error(proto::Error::new(ErrorCode::StaleEpoch, why)));
         }
         self.on(Event::Open { epoch }, Heard { from: Some((epoch, &replies)), offer: None });
     }
@@ -261,7 +260,7 @@ impl Incoming {
         let found = commit.first_token.as_ref().map(|token| token.position);
         if found != Some(expected) {
             let message = format!("the first token has position {found:?}, the sequence ends at {expected}");
-            return send(replies, Wire::Error(proto::Error::new(ErrorCode::InvalidRequest, message)));
+            return replies.say(Wire::Error(proto::Error::new(ErrorCode::InvalidRequest, message)));
         }
         let finished = commit.finished.is_some();
         if epoch == self.receiver.epoch() && self.receiver.state() == State::Receiving {
@@ -272,7 +271,7 @@ impl Incoming {
 
     /// A stream that another has replaced may end without harm.
     fn closed(&mut self, epoch: u32, replies: &Replies) {
-        if self.stream.take_if(|(_, current)| current.same_channel(replies)).is_some() {
+        if self.stream.take_if(|(_, current)| current.are_of(replies)).is_some() {
             self.on(Event::Lost { epoch }, NOBODY);
         }
     }
@@ -400,7 +399,7 @@ impl Incoming {
         let Some((_, replies)) = [from, stream].into_iter().flatten().find(|(of, _)| *of == epoch) else {
             return;
         };
-        send(replies, self.wire(reply));
+        replies.say(self.wire(reply));
         if !matches!(reply, Reply::Accept { .. } | Reply::Refuse { .. }) {
             self.stream.take_if(|(of, _)| *of == epoch);
         }
@@ -468,14 +467,5 @@ impl Inbox {
     /// Resolves when the reservation has ended.
     pub(crate) async fn closed(&self) {
         self.0.closed().await;
-    }
-}
-
-/// Never waits: the sender's window bounds the replies under way, so a full queue is a peer that does not
-/// read, which loses its stream by silence.
-fn send(replies: &Replies, reply: Wire) {
-    let message = proto::DeliverReply { reply: Some(reply) };
-    if let Err(error) = replies.try_send(Ok(message)) {
-        tracing::debug!(%error, "a reply found no reader");
     }
 }

@@ -2,7 +2,8 @@
 //! of the reservation that it names. Decides nothing itself.
 
 use crate::{
-    receive::{Content, Inbox, Parcel, Replies},
+    receive::{Content, Inbox, Parcel},
+    replies::Replies,
     unframing::{Heard, Messages},
 };
 use http::{HeaderMap, HeaderValue, header::CONTENT_TYPE};
@@ -14,7 +15,7 @@ use std::{
     task::{Context, Poll},
     time::Duration,
 };
-use tokio::{sync::mpsc, time::MissedTickBehavior};
+use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Status,
@@ -25,9 +26,6 @@ use tonic::{
 use tonic_prost::ProstCodec;
 use tower_service::Service;
 use tracing::{Instrument, Span};
-
-/// Replies that may wait for the transport; more than a sender's window of blocks.
-const REPLIES: usize = 256;
 
 /// What the decode worker is asked for.
 pub trait Reservations: Send + Sync + 'static {
@@ -101,7 +99,7 @@ fn serve(
     reservations: Arc<impl Reservations>,
     span: Span,
 ) -> ReceiverStream<Result<DeliverReply, Status>> {
-    let (replies, stream) = mpsc::channel(REPLIES);
+    let (replies, stream) = Replies::channel();
     let task = async move {
         let opening = open(Messages::new(body), &*reservations, &replies);
         let outcome = match tokio::time::timeout(reservations.silence(), opening).await {
@@ -110,15 +108,11 @@ fn serve(
             Err(_) => Err(proto::Error::new(ErrorCode::Deadline, "the delivery did not open in time")),
         };
         if let Err(error) = outcome {
-            say(&replies, Reply::Error(error));
+            replies.say(Reply::Error(error));
         }
     };
     tokio::spawn(task.instrument(span));
-    ReceiverStream::new(stream)
-}
-
-fn say(replies: &Replies, reply: Reply) {
-    let _ = replies.try_send(Ok(DeliverReply { reply: Some(reply) }));
+    stream
 }
 
 struct Delivery {
@@ -168,7 +162,7 @@ impl Delivery {
                     Err(error) => break Err(error),
                 },
                 () = self.inbox.closed() => return Err(ended(self.id)),
-                _ = pulse.tick() => self.beat(reservations.heartbeat()),
+                _ = pulse.tick() => self.replies.beat(reservations.heartbeat()),
             }
         };
         self.put(Content::Closed).await;
@@ -182,13 +176,6 @@ impl Delivery {
 
     fn parcel(&self, content: Content) -> Parcel {
         Parcel { epoch: self.epoch, content, replies: self.replies.clone() }
-    }
-
-    /// Half of the queue is for answers, which are not said twice; that much waiting is proof of life enough.
-    fn beat(&self, heartbeat: proto::Heartbeat) {
-        if self.replies.capacity() > REPLIES / 2 {
-            say(&self.replies, Reply::Heartbeat(heartbeat));
-        }
     }
 }
 

@@ -4,6 +4,7 @@
 use crate::api::reply;
 use crate::config::{Config, ms};
 use crate::stalls::Stalls;
+use crate::unread::{Unread, Watched};
 use axum::Router;
 use axum::body::Body;
 use axum::serve::Listener;
@@ -15,9 +16,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use openai::{Code, Error};
 use std::fmt;
 use std::future::poll_fn;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy, sink};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 use tower::ServiceExt;
@@ -28,6 +30,8 @@ const SLACK: usize = 4;
 const LEAST_BUFFER: usize = 64 << 10;
 /// For a client to read why its connection is closed.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// For a client that still sends a body to read why it was refused: many send all of it before they read anything.
+const STILL_SENDING: Duration = Duration::from_secs(5);
 /// Connections beyond the limit that are told so at the same time; further ones are closed without a word.
 const REFUSALS: usize = 64;
 
@@ -36,6 +40,8 @@ pub struct Settings {
     connections: usize,
     header: Duration,
     stalled: Duration,
+    /// Of a refused body that are taken after the refusal.
+    unread_bytes: u64,
     retry_after: Duration,
 }
 
@@ -51,7 +57,8 @@ impl Settings {
             .max_buf_size(bytes.max(LEAST_BUFFER));
         let retry_after = ms(config.timeouts.retry_after_ms);
         let stalled = ms(config.timeouts.stalled_client_ms);
-        Settings { http, connections: limits.connections, header, stalled, retry_after }
+        let unread_bytes = limits.body_bytes as u64;
+        Settings { http, connections: limits.connections, header, stalled, unread_bytes, retry_after }
     }
 
     fn too_many(&self) -> Error {
@@ -107,9 +114,11 @@ struct Connection {
 
 impl Connection {
     async fn serve<I: AsyncRead + AsyncWrite + Send + Unpin + 'static>(mut self, io: I) {
-        let app = self.app.clone();
+        let (app, unread) = (self.app.clone(), Unread::default());
+        let bodies = unread.clone();
         let service = service_fn(move |request: Request<Incoming>| {
-            Box::pin(app.clone().oneshot(request.map(Body::new)))
+            let request = request.map(|body| Body::new(Watched::new(body, bodies.clone())));
+            Box::pin(app.clone().oneshot(request))
         });
         let io = Stalls::new(io, self.settings.stalled);
         let mut connection = self.settings.http.serve_connection(TokioIo::new(io), service);
@@ -125,10 +134,12 @@ impl Connection {
         };
         let parts = connection.into_parts();
         let (mut io, begun) = (parts.io.into_inner(), !parts.read_buf.is_empty());
+        let patience = if asked_to_end { LAST_WORDS } else { STILL_SENDING };
         match ended {
             // An idle connection is closed without a word: the client may be about to send its next request.
             Err(error) if error.is_timeout() && begun => say(&mut io, &self.settings.too_slow()).await,
             Err(error) => tracing::debug!(%error, "a connection ended"),
+            Ok(()) if unread.any() => drop(timeout(patience, end(&mut io, self.settings.unread_bytes)).await),
             Ok(()) => drop(timeout(LAST_WORDS, io.shutdown()).await),
         }
     }
@@ -138,14 +149,17 @@ async fn refuse<I: AsyncRead + AsyncWrite + Unpin>(mut io: I, error: Error, _pla
     say(&mut io, &error).await;
 }
 
-/// Says why, and waits a little for the client to have read it: what is closed with bytes unread takes the answer with it.
+/// Says why, and waits a little for the client to have read it.
 async fn say<I: AsyncRead + AsyncWrite + Unpin>(io: &mut I, error: &Error) {
     let said = async {
         io.write_all(&reply::last_words(error)).await?;
-        io.shutdown().await?;
-        let mut unread = [0; 4096];
-        while io.read(&mut unread).await? > 0 {}
-        Ok::<_, std::io::Error>(())
+        end(io, u64::MAX).await
     };
     let _ = timeout(LAST_WORDS, said).await;
+}
+
+/// Takes what the client still sends until it has read to the end: what is closed with bytes unread takes the answer with it.
+async fn end<I: AsyncRead + AsyncWrite + Unpin>(io: &mut I, most: u64) -> io::Result<u64> {
+    io.shutdown().await?;
+    copy(&mut io.take(most), &mut sink()).await
 }

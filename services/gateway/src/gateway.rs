@@ -1,12 +1,14 @@
 //! What all requests share: the model, the routers, the bounds, the places.
 
 use crate::answer::{Bounds, Upstream};
+use crate::cluster::{self, Seen};
 use crate::config::ms;
 use crate::history::{History, INTERVAL};
 use crate::keys::{Caller, KeyRing};
+use crate::looks::{Found, Looks};
 use crate::model::Model;
 use crate::record::Records;
-use crate::{Config, Error, cluster};
+use crate::{Config, Error};
 use credentials::TokenFile;
 use openai::Code;
 use proto::StatusReply;
@@ -15,7 +17,7 @@ use std::time::{Duration, SystemTime};
 use telemetry::gateway::Metrics;
 use telemetry::{Readiness, Spans};
 use tokio::sync::{Semaphore, watch};
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 
 pub struct Gateway {
     pub config: Config,
@@ -39,6 +41,8 @@ pub struct Gateway {
     pub closing: watch::Receiver<bool>,
     /// Seconds since the epoch.
     pub started: u64,
+    /// What the routers say.
+    pub looks: Looks,
     ready: watch::Sender<Readiness>,
     history: Mutex<History>,
     /// Why nothing may be served, if workers have other files of the model.
@@ -47,8 +51,8 @@ pub struct Gateway {
     cluster_context: watch::Sender<u32>,
 }
 
-/// Between looks at the cluster when nobody asks.
-const LOOK: Duration = Duration::from_secs(1);
+/// For who asks whether this gateway is ready to hear how it is just now, and not how it was a moment ago.
+const JUST_NOW: Duration = Duration::from_secs(1);
 
 impl Gateway {
     pub fn new(
@@ -77,6 +81,7 @@ impl Gateway {
             tokenizers: Arc::new(Semaphore::new(tokenizers(&config))),
             closing,
             started: since.as_secs(),
+            looks: Looks::default(),
             ready: watch::Sender::new(Readiness::not("the router has not been asked yet")),
             other_files: watch::Sender::new(None),
             cluster_context: watch::Sender::new(0),
@@ -89,18 +94,29 @@ impl Gateway {
         self.ready.subscribe()
     }
 
-    /// Asks a router whether a request would succeed now.
-    pub async fn look(&self) {
-        let found = match self.upstream.status().await {
-            Ok(status) => {
-                self.other_files.send_replace(self.find_other_files(&status));
+    /// Lets what [`Self::readiness`] says be fresh, if the routers answer soon.
+    pub async fn look_first(&self) {
+        let _ = timeout(JUST_NOW, self.looks.fresh()).await;
+    }
+
+    async fn look(&self) -> Found {
+        let found = self.upstream.statuses().await.map(Arc::new);
+        self.judge(found.as_deref());
+        found
+    }
+
+    /// Whether a request would succeed now.
+    fn judge(&self, found: Result<&Seen, &proto::Error>) {
+        let usable = match found {
+            Ok(Seen { status, .. }) => {
+                self.other_files.send_replace(self.find_other_files(status));
                 self.check_files()
                     .map_err(|error| error.message)
-                    .and_then(|()| cluster::usable(&status, &self.config.worker_model))
+                    .and_then(|()| cluster::usable(status, &self.config.worker_model))
             }
-            Err(error) => Err(error.message),
+            Err(error) => Err(error.message.clone()),
         };
-        let state = match found {
+        let state = match usable {
             Ok(context) => {
                 self.cluster_context.send_replace(context);
                 Readiness::ready()
@@ -125,10 +141,7 @@ impl Gateway {
     }
 
     pub async fn keep_looking(&self) {
-        loop {
-            self.look().await;
-            tokio::time::sleep(LOOK).await;
-        }
+        self.looks.keep(|| self.look()).await;
     }
 
     pub fn history(&self) -> MutexGuard<'_, History> {
@@ -140,8 +153,8 @@ impl Gateway {
         pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             pace.tick().await;
-            let seen = self.upstream.statuses().await.ok();
-            self.history().sample(&self.metrics, seen.as_ref());
+            let seen = self.looks.fresh().await.ok();
+            self.history().sample(&self.metrics, seen.as_deref());
         }
     }
 

@@ -10,6 +10,7 @@ mod error;
 mod gateway;
 mod history;
 pub mod keys;
+mod looks;
 mod model;
 mod observe;
 mod problems;
@@ -17,6 +18,7 @@ mod record;
 mod server;
 mod stalls;
 mod text;
+mod unread;
 
 pub use config::{Config, Keys, Limits, Stream, Timeouts};
 pub use error::Error;

@@ -22,6 +22,10 @@ impl Channels {
         Channels { dial, open: Mutex::default() }
     }
 
+    pub fn dial(&self) -> Dial {
+        self.dial.clone()
+    }
+
     /// One that is not kept.
     pub fn once(&self, address: &str) -> Result<Channel, Error> {
         transport::channel(&self.dial, address)

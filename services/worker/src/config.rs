@@ -47,7 +47,7 @@ pub struct Config {
     /// Health, readiness, metrics and `/debug/pool` over HTTP.
     pub admin: SocketAddr,
     /// The token that whoever asks this worker to leave must bring (`authorization: Bearer …`); absent: everybody who reaches
-    /// `admin` may ask.
+    /// `admin` may ask. `admin` is plain HTTP, with `tls` too: the token travels in clear.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub admin_token_file: Option<PathBuf>,
     /// Secures the connections to routers and other workers, in both directions; all services must agree.

@@ -46,6 +46,6 @@ fn status(denied: &Denied) -> StatusCode {
     match denied {
         Denied::Missing => StatusCode::UNAUTHORIZED,
         Denied::Wrong => StatusCode::FORBIDDEN,
-        Denied::Unreadable(_) => StatusCode::SERVICE_UNAVAILABLE,
+        Denied::Unreadable => StatusCode::SERVICE_UNAVAILABLE,
     }
 }

@@ -1,6 +1,6 @@
 //! Whether this worker reaches another one's gRPC port, and how fast: `POST /probe?to=URL&mib=N` on the admin port sends
-//! that much over the connection that hand-offs take. Bounded in size and time, one at a time with a pause after each, so
-//! that it cannot be used to disturb: neither this worker nor the one it is pointed at.
+//! that much over the connection that hand-offs take. Only to a member of the cluster, bounded in size and time, one at a time
+//! with a pause after each, so that it cannot be used to disturb: neither this worker nor the one it is pointed at, nor others.
 
 use crate::{channels::Channels, pool::Current, shared::Shared};
 use axum::{
@@ -17,10 +17,10 @@ use proto::{
     reach_server::{Reach, ReachServer},
 };
 use serde::Deserialize;
-use serde_json::json;
-use std::{sync::Arc, time::Duration};
+use serde_json::{Value, json};
+use std::{future::Future, sync::Arc, time::Duration};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
     time::{Instant, sleep, timeout},
 };
 use tonic::{Request, Status, Streaming, transport::Channel};
@@ -31,6 +31,8 @@ const MOST_MIB: u32 = 32;
 const CHUNK: usize = 1 << 20;
 /// Longest that a probe may take, on either side.
 const LONGEST: Duration = Duration::from_secs(10);
+/// For the membership's source to say who is a member now.
+const VIEW: Duration = Duration::from_secs(2);
 /// After a probe, before the next one may begin.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Empty calls, of which the fastest is the round trip. The first one also opens the connection.
@@ -43,7 +45,7 @@ const RECEIVED: usize = 4;
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Asked {
-    /// gRPC address of the worker to reach.
+    /// gRPC address of the worker to reach, as its record as a member has it.
     to: String,
     #[serde(default = "some_mib")]
     mib: u32,
@@ -64,45 +66,83 @@ pub fn router(current: Current) -> Router {
     Router::new().route("/probe", post(probe)).with_state(prober)
 }
 
+/// With which status and why there is no answer.
+type Refusal = (StatusCode, String);
+
 async fn probe(State(prober): State<Prober>, Query(asked): Query<Asked>) -> Response {
-    if asked.mib > MOST_MIB {
-        return refused(
-            StatusCode::BAD_REQUEST,
-            format!("mib is {}, but may be at most {MOST_MIB}", asked.mib),
-        );
-    }
-    let Some(shared) = prober.current.borrow().clone() else {
-        return refused(StatusCode::SERVICE_UNAVAILABLE, "the engine has not started".into());
-    };
-    let Ok(place) = prober.place.try_acquire_owned() else {
-        return refused(
-            StatusCode::TOO_MANY_REQUESTS,
-            "another probe is under way; ask again shortly".into(),
-        );
-    };
-    let found = measure(&shared.channels, &asked).await;
-    tokio::spawn(rest(place));
-    match found {
-        Ok(Found { member, bytes, round_trip, carried }) => Json(json!({
-            "from": shared.id,
-            "member": member,
-            "to": asked.to,
-            "bytes": bytes,
-            "round_trip_ms": round_trip.as_secs_f64() * 1e3,
-            "gigabytes_per_second": bytes as f64 / 1e9 / carried.as_secs_f64(),
-        }))
-        .into_response(),
-        Err(why) => refused(StatusCode::BAD_GATEWAY, why),
+    match prober.answer(asked).await {
+        Ok(found) => Json(found).into_response(),
+        Err((status, error)) => (status, Json(json!({ "error": error }))).into_response(),
     }
 }
 
-async fn rest(place: OwnedSemaphorePermit) {
-    sleep(PAUSE).await;
-    drop(place);
+impl Prober {
+    async fn answer(self, asked: Asked) -> Result<Value, Refusal> {
+        if asked.mib > MOST_MIB {
+            let why = format!("mib is {}, but may be at most {MOST_MIB}", asked.mib);
+            return Err((StatusCode::BAD_REQUEST, why));
+        }
+        let unavailable = |why: &str| (StatusCode::SERVICE_UNAVAILABLE, why.to_owned());
+        let shared =
+            self.current.borrow().clone().ok_or_else(|| unavailable("the engine has not started"))?;
+        let busy = "another probe is under way; ask again shortly";
+        let place =
+            self.place.try_acquire_owned().map_err(|_| (StatusCode::TOO_MANY_REQUESTS, busy.into()))?;
+        let found = in_turn(place, async move { reach(&shared, &asked).await }).await;
+        found.unwrap_or_else(|| Err(unavailable("the worker is stopping")))
+    }
 }
 
-fn refused(status: StatusCode, error: String) -> Response {
-    (status, Json(json!({ "error": error }))).into_response()
+/// `None`: the runtime ends. Work for which nobody waits any more ends early, and the pause comes after it all the same: who
+/// leaves at once gains nothing.
+async fn in_turn<T: Send + 'static>(
+    place: OwnedSemaphorePermit,
+    work: impl Future<Output = T> + Send + 'static,
+) -> Option<T> {
+    let (mut tell, told) = oneshot::channel();
+    tokio::spawn(async move {
+        tokio::select! {
+            () = tell.closed() => {}
+            done = work => drop(tell.send(done)),
+        }
+        sleep(PAUSE).await;
+        drop(place);
+    });
+    told.await.ok()
+}
+
+async fn reach(shared: &Shared, asked: &Asked) -> Result<Value, Refusal> {
+    check_member(shared, &asked.to).await?;
+    let found = measure(&shared.channels, asked).await.map_err(|why| (StatusCode::BAD_GATEWAY, why))?;
+    Ok(json!({
+        "from": shared.id,
+        "member": found.member,
+        "to": asked.to,
+        "bytes": found.bytes,
+        "round_trip_ms": found.round_trip.as_secs_f64() * 1e3,
+        "gigabytes_per_second": found.bytes as f64 / 1e9 / found.carried.as_secs_f64(),
+    }))
+}
+
+/// Nobody can have this worker knock at doors of his choice. The members are asked for each time: to follow them always, for
+/// this alone, would cost every worker as much as a router.
+async fn check_member(shared: &Shared, address: &str) -> Result<(), Refusal> {
+    let unavailable = |why| (StatusCode::SERVICE_UNAVAILABLE, why);
+    let membership = membership::connect_by(shared.config.membership.clone(), shared.channels.dial())
+        .map_err(|error| unavailable(error.to_string()))?;
+    let mut views = membership.watch();
+    let view = timeout(VIEW, views.wait_for(|view| view.connected)).await;
+    let Ok(Ok(view)) = view else {
+        return Err(unavailable(format!(
+            "the membership's source did not say within {VIEW:?} who is a member"
+        )));
+    };
+    match view.members.iter().any(|member| member.address == address) {
+        true => Ok(()),
+        false => {
+            Err((StatusCode::NOT_FOUND, format!("{address:?} is the address of no member of this cluster")))
+        }
+    }
 }
 
 struct Found {
@@ -192,4 +232,26 @@ async fn count(mut chunks: Streaming<ProbeChunk>) -> Result<u64, Status> {
         }
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::FutureExt;
+    use std::future::pending;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_pause_comes_after_every_probe_however_it_ends() {
+        let places = Arc::new(Semaphore::new(1));
+        let place = || places.clone().try_acquire_owned().unwrap();
+        assert_eq!(in_turn(place(), async { 7 }).await, Some(7));
+        assert_eq!(places.available_permits(), 0);
+        sleep(2 * PAUSE).await;
+        // Who asked has left before there was an answer.
+        assert!(in_turn(place(), pending::<()>()).now_or_never().is_none());
+        sleep(PAUSE / 2).await;
+        assert_eq!(places.available_permits(), 0);
+        sleep(PAUSE).await;
+        assert_eq!(places.available_permits(), 1);
+    }
 }

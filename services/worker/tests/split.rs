@@ -9,6 +9,7 @@ use proto::{
     prefill_event::Event as Prefill,
 };
 use std::time::Duration;
+use tokio::{net::TcpListener, time::timeout};
 use worker::Role;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -339,4 +340,18 @@ async fn a_backend_that_this_build_has_not_is_named() {
         let error = worker::run(config, std::future::pending()).await.expect_err("no such backend");
         assert!(error.to_string().contains(why), "{error}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_probe_goes_to_members_alone() {
+    let cluster = Cluster::start().await;
+    let [prefill, decode] = cluster.workers([Role::Prefill, Role::Decode]).await;
+    let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let elsewhere = format!("http://{}", door.local_addr().unwrap());
+    let refused = prefill.ask("POST", &format!("/probe?to={elsewhere}&mib=1")).await;
+    assert!(refused.starts_with("HTTP/1.1 404") && refused.contains("of no member"), "{refused}");
+    let knocked = timeout(Duration::from_millis(300), door.accept()).await;
+    assert!(knocked.is_err(), "nobody comes there");
+    let probed = prefill.ask("POST", &format!("/probe?to={}&mib=1", decode.member.address)).await;
+    assert!(probed.starts_with("HTTP/1.1 200") && probed.contains(&decode.member.id), "{probed}");
 }

@@ -8,7 +8,7 @@ use futures::future::join_all;
 use proto::generate_event::Event;
 use proto::router_client::RouterClient;
 use proto::{Dial, ErrorCode, GenerateEvent, GenerateRequest, Latency, StatusReply, StatusRequest};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use telemetry::Counter;
 use telemetry::trace::{self, TraceContext};
@@ -47,6 +47,8 @@ pub enum Break {
 struct Router {
     address: String,
     client: RouterClient<Channel>,
+    /// Did not answer when it was last asked for its status.
+    silent: AtomicBool,
 }
 
 /// Why one router gave no stream.
@@ -60,6 +62,8 @@ enum Failure {
 
 /// A status is quick to give.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
+/// For one that was silent before: what the others say is not kept waiting again and again.
+const SILENT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Routers that one request may lose and still be given to another: it may be what kills them.
 const LOSSES: u32 = 3;
@@ -176,18 +180,6 @@ impl Upstream {
         Err(if lost { Failure::Lost(problem) } else { Failure::Unreachable(problem) })
     }
 
-    /// The cluster as some router sees it.
-    pub async fn status(&self) -> Result<StatusReply, proto::Error> {
-        let mut problems = Vec::new();
-        for index in self.order() {
-            match self.routers[index].status().await {
-                Ok(status) => return Ok(status),
-                Err(problem) => problems.push(format!("{}: {problem}", self.routers[index].address)),
-            }
-        }
-        Err(nobody(&problems))
-    }
-
     /// The cluster as all routers see it, asked at the same time.
     pub async fn statuses(&self) -> Result<Seen, proto::Error> {
         let answers = join_all(self.order().map(|index| self.routers[index].status())).await;
@@ -284,11 +276,14 @@ impl Router {
         let client = RouterClient::new(dial.channel(&endpoint))
             .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
-        Ok(Router { address: address.to_owned(), client })
+        Ok(Router { address: address.to_owned(), client, silent: AtomicBool::new(false) })
     }
 
     async fn status(&self) -> Result<StatusReply, String> {
-        match timeout(STATUS_TIMEOUT, self.client.clone().status(StatusRequest {})).await {
+        let patience = if self.silent.load(Ordering::Relaxed) { SILENT_TIMEOUT } else { STATUS_TIMEOUT };
+        let answer = timeout(patience, self.client.clone().status(StatusRequest {})).await;
+        self.silent.store(answer.is_err(), Ordering::Relaxed);
+        match answer {
             Ok(Ok(reply)) => Ok(reply.into_inner()),
             Ok(Err(status)) => Err(describe(&status)),
             Err(_) => Err("no answer in time".into()),

@@ -46,7 +46,7 @@ pub async fn drain(
 
 async fn order(gateway: &Gateway, id: &str, headers: &HeaderMap) -> Result<(), Error> {
     let token = token(gateway.admin_token.as_ref(), headers)?;
-    let seen = gateway.upstream.statuses().await.map_err(|error| gateway.overloaded(&error.message))?;
+    let seen = gateway.looks.fresh().await.map_err(|error| gateway.overloaded(&error.message))?;
     let member = find(&seen.status.members, id)?;
     match timeout(PATIENCE, tell(&member.admin_address, &token)).await {
         Ok(Ok((status, _))) if status.is_success() => Ok(()),
@@ -71,7 +71,7 @@ fn token(file: Option<&TokenFile>, headers: &HeaderMap) -> Result<String, Error>
     let given = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
     match file.check(given) {
         Ok(()) => Ok(given.and_then(bearer).unwrap_or_default().to_owned()),
-        Err(denied @ Denied::Unreadable(_)) => Err(Error::new(Code::Internal, denied.to_string())),
+        Err(denied @ Denied::Unreadable) => Err(Error::new(Code::Internal, denied.to_string())),
         Err(denied) => Err(Error::new(Code::AdminToken, denied.to_string())),
     }
 }

@@ -59,7 +59,7 @@ pub fn admin(gateway: Arc<Gateway>, registry: Arc<Registry>) -> Router {
 
 async fn look_first(State(gateway): State<Arc<Gateway>>, request: Request, next: Next) -> Response {
     if request.uri().path() == "/ready" {
-        gateway.look().await;
+        gateway.look_first().await;
     }
     next.run(request).await
 }

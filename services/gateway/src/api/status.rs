@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 
 pub async fn status(State(gateway): State<Arc<Gateway>>) -> Response {
-    match gateway.upstream.statuses().await {
+    match gateway.looks.fresh().await {
         Ok(seen) => {
             let problems = problems(&seen, &gateway.config.worker_model);
             let mut told = cluster(&seen);

@@ -101,6 +101,10 @@ impl Live {
         Live { stream, raw: Vec::new() }
     }
 
+    pub async fn more(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.stream.write_all(bytes).await
+    }
+
     /// Reads until what has come contains `text`.
     pub async fn until(&mut self, text: &str) {
         let reading = async {

@@ -2,9 +2,13 @@
 
 use crate::client::get;
 use crate::fake::{Act, Cluster, answer, encode, prompt_logprobs, serve_fake, started, tokens};
+use futures::future::join_all;
 use proto::generate_event::Event;
 use proto::{ErrorCode, GenerateRequest};
 use serde_json::json;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+use tokio::time::Instant;
 
 fn error(code: ErrorCode) -> proto::Error {
     proto::Error::new(code, "because")
@@ -194,6 +198,29 @@ async fn readiness_follows_the_cluster() {
     assert_eq!((ready.status, ready.body.contains("no decode worker")), (503, true), "{}", ready.body);
     cluster.fake.members.lock().unwrap().extend(decode);
     assert_eq!(get(cluster.http, "/ready").await.status, 200);
+}
+
+#[tokio::test]
+async fn probes_do_not_multiply_onto_the_router() {
+    let cluster = Cluster::start(|_| vec![]).await;
+    let began = Instant::now();
+    for path in ["/ready", "/status"] {
+        let replies = join_all((0..100).map(|_| get(cluster.http, path))).await;
+        assert!(replies.iter().all(|reply| reply.status == 200), "{path}");
+    }
+    let asked = cluster.fake.statuses.load(SeqCst);
+    assert!(asked as u128 <= 2 + began.elapsed().as_millis() / 200, "{asked}");
+}
+
+#[tokio::test]
+async fn one_question_a_second_serves_readiness_and_history() {
+    let cluster = Cluster::start(|_| vec![]).await;
+    tokio::time::sleep(Duration::from_millis(4200)).await;
+    let asked = cluster.fake.statuses.load(SeqCst);
+    // The history's first sample is of a look of its own.
+    assert!((2..=6).contains(&asked), "{asked}");
+    let status = get(cluster.http, "/status/history").await.json();
+    assert!(!status["samples"].as_array().unwrap().is_empty(), "{status}");
 }
 
 #[tokio::test]

@@ -46,6 +46,8 @@ pub struct Fake {
     /// Calls that the gateway left before their end.
     pub left: AtomicUsize,
     pub members: Mutex<Vec<Member>>,
+    /// Times it was asked for its status.
+    pub statuses: AtomicUsize,
 }
 
 pub struct Cluster {
@@ -146,6 +148,7 @@ pub async fn serve_fake(script: Script) -> (Arc<Fake>, SocketAddr) {
         traces: Mutex::default(),
         left: AtomicUsize::new(0),
         members: Mutex::new(members.to_vec()),
+        statuses: AtomicUsize::new(0),
     });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -182,6 +185,7 @@ impl Router for Shared {
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
+        self.0.statuses.fetch_add(1, Ordering::SeqCst);
         Ok(Response::new(StatusReply {
             members: self.0.members.lock().unwrap().clone(),
             ..StatusReply::default()

@@ -72,6 +72,45 @@ async fn more_connections_than_places_are_told_so() {
     assert_eq!(get(cluster.http, "/health").await.status, 200);
 }
 
+const PIECE: &[u8] = &[b' '; 256 << 10];
+
+/// Begins a request that is refused by its head, with a body of this many pieces to come.
+async fn refused(cluster: &Cluster, path: &str, content_type: &str, pieces: usize) -> Live {
+    let length = pieces * PIECE.len();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: t\r\ncontent-type: {content_type}\r\ncontent-length: {length}\r\n\r\n"
+    );
+    Live::raw(cluster.http, &head).await
+}
+
+#[tokio::test]
+async fn a_refusal_is_there_for_who_first_sends_all_of_a_body() {
+    let cluster = Cluster::with(|_| vec![], |_| {}).await;
+    for (path, content_type, status) in [(CHAT, "text/plain", 415), ("/v1/none", "application/json", 404)] {
+        let mut client = refused(&cluster, path, content_type, 16).await;
+        for _ in 0..16 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            client.more(PIECE).await.expect("the connection stands while the body comes");
+        }
+        client.finish().await;
+        assert_eq!(client.reply().status, status);
+    }
+}
+
+#[tokio::test]
+async fn a_refused_body_is_taken_up_to_what_a_body_may_be() {
+    let cluster = Cluster::with(|_| vec![], |config| config.limits.body_bytes = 100_000).await;
+    let mut client = refused(&cluster, CHAT, "text/plain", 400).await;
+    let sending = async {
+        for _ in 0..400 {
+            client.more(PIECE).await?;
+        }
+        Ok::<_, std::io::Error>(())
+    };
+    let sent = tokio::time::timeout(Duration::from_secs(4), sending).await;
+    sent.expect("cut off by size, not by time").expect_err("cut off");
+}
+
 #[tokio::test]
 async fn conversations_are_bounded_in_messages_and_characters() {
     let configure = |config: &mut gateway::Config| {
