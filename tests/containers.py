@@ -64,6 +64,11 @@ class Engine:
         socket = self.folder / "engine.sock"
         self.environment = os.environ | {"DOCKER_HOST": f"unix://{socket}", "DOCKER_BUILDKIT": "1", "COMPOSE_PROJECT_NAME": "baton"}
         self.environment |= {"BATON_IMAGE": BATON} | {variable: f"{name}:test" for name, variable in OTHERS.items()}
+        token = self.folder / "admin-token"
+        token.write_text("0123456789-0123456789")
+        token.chmod(0o644)
+        self.folder.chmod(0o755)
+        self.environment["BATON_ADMIN_TOKEN_FILE"] = str(token)
         run(["ip", "link", "set", "lo", "up"])
         flags = ["--data-root", self.folder / "data", "--exec-root", self.folder / "exec", "--pidfile", self.folder / "pid", "-H", f"unix://{socket}"]
         with open(self.folder / "log", "w") as log:

@@ -1,5 +1,5 @@
-"""The dashboard in a real browser: dashboard.py URL UP_PID DECODE_PID OUT. Chromium loads the page, asks, stops, reads charts by
-keyboard, sees workers die and come back, in light and dark and at a phone's width. Its pictures are left in OUT.
+"""The dashboard in a real browser: dashboard.py URL UP_PID DECODE_PID TOKEN_FILE OUT. Chromium loads the page, asks, stops, reads charts
+by keyboard, sees workers die and come back and has one leave, in light and dark and at a phone's width. Its pictures are left in OUT.
 Knows nothing of the page but what a person meets: names, roles, words."""
 
 import json
@@ -20,7 +20,7 @@ QUESTION, ANSWER = "What does `Vec::push` do?", "Appends an element to the back 
 SIZES = {"desk": (1440, 1000), "phone": (390, 844)}
 
 
-def main(url, up, decode, out):
+def main(url, up, decode, token, out):
     out.mkdir(parents=True, exist_ok=True)
     expect.set_options(timeout=20_000)
     browser_path = shutil.which("chromium") or shutil.which("chromium-browser") or sys.exit("no chromium in PATH: run tests/install")
@@ -29,9 +29,11 @@ def main(url, up, decode, out):
         first(browser, url, out)
         stops(browser, url)
         dies_and_returns(browser, url, up, decode, out)
+        refuses(browser, url)
+        leaves(browser, url, up, token)
         for scheme in ("light", "dark"):
             for size in SIZES:
-                looks(browser, url, scheme, size, out)
+                looks(browser, url, scheme, size, token, out)
         browser.close()
     print("the dashboard is sound")
 
@@ -198,25 +200,86 @@ def dies_and_returns(browser, url, up, decode, out):
     page.context.close()
 
 
-def looks(browser, url, scheme, size, out):
-    """Nothing overflows, nothing moves for who wants no motion, axe finds no fault."""
+def give(page, token):
+    """The admin token, by keyboard."""
+    focus_by_tab(page, "#operate")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog", name="Admin token")).to_be_visible()
+    page.keyboard.type(token)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def refuses(browser, url):
+    """Without the token there is nothing to press, and a wrong one is forgotten with the words of who refused it."""
+    opened = Page(browser, url)
+    page = opened.open()
+    buttons, told = page.get_by_role("button", name=re.compile("^Drain ")), page.locator("#ordered")
+    expect(page.locator("[data-member]")).to_have_count(4)
+    expect(buttons).to_have_count(0)
+    give(page, "this is no such token")
+    expect(buttons).to_have_count(4)
+    buttons.first.click()
+    page.get_by_role("dialog").get_by_role("button", name="Drain").click()
+    expect(told).to_have_text("Refused: this is not the admin token.")
+    expect(buttons).to_have_count(0)
+    assert len(opened.wrong) == 1 and "401" in opened.wrong[0], opened.wrong
+    assert len(get(f"{url}/status")["members"]) == 4
+    page.context.close()
+
+
+def leaves(browser, url, up, token):
+    """A worker is told to leave, by keyboard, and is gone; `baton up` is held meanwhile, for it would start another."""
+    opened = Page(browser, url)
+    page = opened.open()
+    told = page.locator("#ordered")
+    member = next(member["id"] for member in get(f"{url}/status")["members"] if member["role"] == "decode")
+    give(page, token)
+    drain = f'[data-drain="{member}"]'
+    focus_by_tab(page, drain)
+    page.keyboard.press("Enter")
+    asked = page.get_by_role("dialog", name=re.compile("leave"))
+    expect(asked).to_contain_text(member)
+    page.keyboard.press("Enter")
+    expect(asked).to_have_count(0)
+    expect(told).not_to_contain_text("takes nothing new")
+    os.kill(up, signal.SIGSTOP)
+    try:
+        focus_by_tab(page, drain)
+        page.keyboard.press("Enter")
+        focus_by_tab(page, "dialog [value=drain]")
+        page.keyboard.press("Enter")
+        expect(told).to_contain_text("takes nothing new")
+        expect(page.locator(f'[data-member="{member}"]')).to_have_count(0)
+        expect(page.get_by_role("heading", name="Decode 1 of 2 ready")).to_be_visible()
+    finally:
+        os.kill(up, signal.SIGCONT)
+    expect(page.get_by_role("heading", name="Decode 2 of 2 ready")).to_be_visible()
+    expect(page.get_by_role("status")).to_have_text("Serving")
+    opened.close()
+
+
+def looks(browser, url, scheme, size, token, out):
+    """Nothing overflows, nothing moves for who wants no motion, axe finds no fault; also with what the admin token brings."""
     opened = Page(browser, url, scheme, size)
     page = opened.open()
     page.get_by_label("Your message").fill(QUESTION)
     page.keyboard.press("Enter")
     expect(page.get_by_role("article", name="The cluster")).to_contain_text("→")
     page.wait_for_timeout(500)
-    for pressed in (False, True):
-        beyond = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-        assert beyond <= 0, f"{scheme} {size} is {beyond} px too wide"
-        faults = Axe().run(page).response["violations"]
-        told = [(fault["id"], [node["html"] + node["failureSummary"] for node in fault["nodes"][:3]]) for fault in faults]
-        assert not told, f"{scheme} {size}: {json.dumps(told, indent=1)}"
-        if not pressed:
-            page.evaluate("scrollTo(0, 0)")
-            page.screenshot(path=out / f"{scheme}-{size}.png")
-            page.screenshot(path=out / f"{scheme}-{size}-whole.png", full_page=True)
-            page.get_by_role("button", name="As tables").click()
+    sound(page, f"{scheme} {size}")
+    page.evaluate("scrollTo(0, 0)")
+    page.screenshot(path=out / f"{scheme}-{size}.png")
+    page.screenshot(path=out / f"{scheme}-{size}-whole.png", full_page=True)
+    page.get_by_role("button", name="As tables").click()
+    sound(page, f"{scheme} {size}, as tables")
+    give(page, token)
+    sound(page, f"{scheme} {size}, with orders")
+    page.screenshot(path=out / f"{scheme}-{size}-orders.png")
+    page.get_by_role("button", name=re.compile("^Drain ")).first.click()
+    sound(page, f"{scheme} {size}, asked whether to drain")
+    page.screenshot(path=out / f"{scheme}-{size}-drain.png")
+    page.keyboard.press("Escape")
     assert page.evaluate("document.getAnimations().length") == 0
     before = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.get_by_role("button", name="Switch between dark and light").click()
@@ -224,5 +287,13 @@ def looks(browser, url, scheme, size, out):
     opened.close()
 
 
+def sound(page, where):
+    beyond = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert beyond <= 0, f"{where} is {beyond} px too wide"
+    faults = Axe().run(page).response["violations"]
+    told = [(fault["id"], [node["html"] + node["failureSummary"] for node in fault["nodes"][:3]]) for fault in faults]
+    assert not told, f"{where}: {json.dumps(told, indent=1)}"
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]).read_text().strip(), Path(sys.argv[5]))

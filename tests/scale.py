@@ -107,7 +107,8 @@ def worker(engine, name):
     role = name.split("-")[0]
     first = engine.inspect(engine.container(f"{role}-1"))
     arguments = [argument.replace(f"{role}-1", name) for argument in first["Config"]["Cmd"]]
-    flags = ["--read-only", "--cap-drop=ALL", "--network=baton_default", f"--network-alias={name}", f"--name=baton_{name}_1"]
+    mounts = [f"--volume={mount['Source']}:{mount['Destination']}:ro" for mount in first["Mounts"]]
+    flags = [*mounts, "--read-only", "--cap-drop=ALL", "--network=baton_default", f"--network-alias={name}", f"--name=baton_{name}_1"]
     engine.docker("run", "-d", *flags, BATON, *arguments)
 
 

@@ -50,6 +50,7 @@
     "timeouts" (dict "drain_ms" (mul 1000 .Values.gateway.drainSeconds)) -}}
 {{- include "baton.setTraces" (dict "root" . "own" $own) -}}
 {{- with .Values.gateway.keys }}{{ if .secret }}{{ $_ := set $own "keys" (dict "file" (printf "/etc/baton-keys/%s" .file)) }}{{ end }}{{ end -}}
+{{- with .Values.gateway.adminToken }}{{ if .secret }}{{ $_ := set $own "admin_token_file" (printf "/etc/baton-admin/%s" .key) }}{{ end }}{{ end -}}
 {{- with include "baton.tls" . }}{{ $_ := set $own "tls" (fromJson .) }}{{ end -}}
 {{- include "baton.toml" (mergeOverwrite $own (deepCopy .Values.gateway.config)) -}}
 {{- end -}}

@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, fs, path::Path};
 
 /// Keys that the chart sets itself, from values of its own.
 const GATEWAY_OWN: &[&str] =
-    &["listen", "admin", "routers", "tls", "model_dir", "keys.file", "timeouts.drain_ms"];
+    &["listen", "admin", "admin_token_file", "routers", "tls", "model_dir", "keys.file", "timeouts.drain_ms"];
 const ROUTER_OWN: &[&str] = &["listen", "admin", "etcd", "etcd_tls", "tls", "prefix", "lease_ms", "drain_ms"];
 const WORKER_OWN: &[&str] = &[
     "role",
@@ -57,6 +57,7 @@ fn chart_values_arrive() {
     assert_eq!(gateway.listen.to_string(), "[::]:8000");
     assert_eq!((gateway.traces.endpoint.as_str(), gateway.traces.sample), ("http://otel:4317", 0.5));
     assert_eq!(gateway.keys.file.as_deref(), Some(Path::new("/etc/baton-keys/all.toml")));
+    assert_eq!(gateway.admin_token_file.as_deref(), Some(Path::new("/etc/baton-admin/admin-token")));
     let tls = gateway.tls.clone().unwrap();
     assert_eq!(
         (tls.server_name.as_str(), tls.key.as_path()),

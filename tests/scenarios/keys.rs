@@ -50,6 +50,11 @@ fn keys_and_limits_through_the_openai_client() {
         let (went, said) = command(&cluster, &["status"], key);
         assert_eq!((went, said.contains("decode-")), (good, good), "{key:?}: {said}");
     }
+    let question = ["ask", "What does `Vec::push` do?"];
+    let answer = "Appends an element to the back of a collection.\n";
+    assert_eq!(command(&cluster, &question, Some(&operators)), (true, answer.to_owned()));
+    let (went, said) = command(&cluster, &question, None);
+    assert!(!went && said.contains("401"), "{said}");
     block_on(async {
         for (key, status) in [(&counted, 403), (&operators, 200)] {
             let client = Client::new(&cluster.url).unwrap().with_bearer(Some(key.clone()));

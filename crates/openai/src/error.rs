@@ -10,6 +10,8 @@ pub enum Code {
     InvalidKey,
     /// The key is good, but not an operator's.
     AdminOnly,
+    /// The admin token is missing or wrong.
+    AdminToken,
     /// More requests a minute than the key may make.
     RequestRate,
     /// More tokens a minute than the key may take.
@@ -26,6 +28,8 @@ pub enum Code {
     ModelNotFound,
     /// No record of it is kept.
     RequestNotFound,
+    /// No worker of that id is here.
+    MemberNotFound,
     UnknownUrl,
     MethodNotAllowed,
     BodyTimeout,
@@ -35,6 +39,8 @@ pub enum Code {
     Cancelled,
     Internal,
     WorkerLost,
+    /// A worker did not do what it was told.
+    WorkerRefused,
     Overloaded,
     Deadline,
 }
@@ -48,6 +54,7 @@ impl Code {
         match self {
             Code::InvalidKey => (401, REQUEST, "invalid_api_key"),
             Code::AdminOnly => (403, REQUEST, "admin_only"),
+            Code::AdminToken => (401, REQUEST, "invalid_admin_token"),
             Code::RequestRate => (429, "requests", RATE),
             Code::TokenRate => (429, "tokens", RATE),
             Code::Concurrency => (429, "concurrency", RATE),
@@ -59,6 +66,7 @@ impl Code {
             Code::ContextLength => (400, REQUEST, "context_length_exceeded"),
             Code::ModelNotFound => (404, REQUEST, "model_not_found"),
             Code::RequestNotFound => (404, REQUEST, "request_not_found"),
+            Code::MemberNotFound => (404, REQUEST, "member_not_found"),
             Code::UnknownUrl => (404, REQUEST, "unknown_url"),
             Code::MethodNotAllowed => (405, REQUEST, "method_not_supported"),
             Code::BodyTimeout => (408, REQUEST, "timeout"),
@@ -68,6 +76,7 @@ impl Code {
             Code::Cancelled => (499, REQUEST, "cancelled"),
             Code::Internal => (500, SERVER, "internal_error"),
             Code::WorkerLost => (502, SERVER, "worker_lost"),
+            Code::WorkerRefused => (502, SERVER, "worker_refused"),
             Code::Overloaded => (503, SERVER, "server_overloaded"),
             Code::Deadline => (504, SERVER, "timeout"),
         }

@@ -5,11 +5,10 @@ mod load;
 mod report;
 
 use crate::{http::Client, target::Target};
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::Parser;
 use futures::stream::{self, StreamExt};
 use load::{Plan, Record};
-use serde_json::Value;
 use std::{process::ExitCode, sync::Arc, time::Duration};
 use tokio::time::{Instant, sleep_until};
 
@@ -86,20 +85,13 @@ async fn measure(args: &Args) -> anyhow::Result<(Vec<Record>, Duration)> {
     let client = args.target.client()?;
     let model = match &args.model {
         Some(model) => model.clone(),
-        None => first_model(&client).await?,
+        None => crate::ask::first_model(&client).await?,
     };
     let plan = Arc::new(Plan::new(args, model));
     drive(&client, &plan, args, 0..args.warmup, 0.0).await;
     let began = Instant::now();
     let records = drive(&client, &plan, args, args.warmup..args.warmup + args.requests, args.rate).await;
     Ok((records, began.elapsed()))
-}
-
-async fn first_model(client: &Client) -> anyhow::Result<String> {
-    let (status, body) = client.get("/v1/models").await.context("is the cluster up? (baton up)")?;
-    let list: Value =
-        serde_json::from_slice(&body).with_context(|| format!("/v1/models answered {status}"))?;
-    Ok(list["data"][0]["id"].as_str().context("/v1/models lists no model")?.to_owned())
 }
 
 /// At a given rate each request has its appointed time and its latency counts from there, so that a slow

@@ -9,6 +9,7 @@ mod finding;
 mod gpu;
 mod limits;
 mod members;
+mod memory;
 mod model;
 mod ports;
 mod rdma;
@@ -143,10 +144,10 @@ async fn between(members: &[Member], args: &Args, patience: Duration) -> Vec<Fin
             None
         }
     };
-    let pairs = reach::probe(&able, args.probe_mib, token.as_deref(), patience).await;
+    let probes = reach::probe(&able, args.probe_mib, token.as_deref(), patience, reach::ALL_PROBES).await;
     let least = reach::Least { gigabytes_per_second: args.least_rate, round_trip_ms: args.most_round_trip };
     let least = if args.probe_mib == 0 { reach::Least { gigabytes_per_second: 0.0, ..least } } else { least };
-    findings.extend(reach::judge_pairs(&pairs, least));
+    findings.extend(reach::judge_pairs(&probes, least));
     findings
 }
 

@@ -1,5 +1,6 @@
 //! The one binary, as a library so that a test build of it is a second binary. Each subcommand stands in a file of its own; a service's own work stands in its library.
 
+mod ask;
 mod bench;
 mod bench_engine;
 mod bench_handoff;
@@ -50,6 +51,8 @@ enum Command {
     Drain(drain::Args),
     /// Make API keys for gateways that ask for them
     Key(key::Args),
+    /// Ask the chat of a running cluster one question
+    Ask(ask::Args),
     /// Measure a running cluster: time to first token, time between tokens, throughput
     Bench(bench::Args),
     /// Measure the model alone, with random weights: time of a step, share of what the GPU could do
@@ -85,6 +88,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Worker(args) => serve::worker(args),
         Command::Status(args) => status::run(args),
         Command::Trace(args) => trace::run(args),
+        Command::Ask(args) => ask::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Plan(args) => plan::run(args),

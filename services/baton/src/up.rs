@@ -127,6 +127,11 @@ async fn up(args: Args) -> anyhow::Result<ExitCode> {
         }
         other => other,
     };
-    cluster.stop().await;
+    // A worker may be configured to drain for long: who does not want to wait says so again.
+    let again = crate::serve::stop_signal()?;
+    tokio::select! {
+        () = cluster.stop() => {}
+        () = again => eprintln!("baton up: told to stop again; what still runs is killed"),
+    }
     ended.map(|()| ExitCode::SUCCESS)
 }

@@ -12,6 +12,9 @@ pub struct Config {
     pub listen: SocketAddr,
     /// `/health`, `/ready`, `/metrics` again, for a network of its own.
     pub admin: SocketAddr,
+    /// File with the token for orders to workers (`POST /status/members/ID/drain`, for which the page has a button), at least 16
+    /// characters, read anew for each; the workers' own `admin_token_file` must be the same. Absent: orders are refused.
+    pub admin_token_file: Option<PathBuf>,
     /// gRPC addresses of routers. A request goes to one; if that one does not answer, to the next.
     pub routers: Vec<String>,
     /// Secures the connections to routers, in both directions; all services must agree. Clients' connections are the business
@@ -126,6 +129,7 @@ impl Default for Config {
         Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 8000)),
             admin: SocketAddr::from(([127, 0, 0, 1], 8001)),
+            admin_token_file: None,
             routers: vec!["http://127.0.0.1:7700".into()],
             tls: None,
             model_dir: PathBuf::new(),

@@ -19,6 +19,8 @@ pub enum Error {
     Tls(#[from] credentials::Error),
     #[error("keys.file {path}: {problem}", path = path.display())]
     Keys { path: PathBuf, problem: String },
+    #[error("admin_token_file: {0}")]
+    AdminToken(String),
     #[error("serving: {0}")]
     Serve(#[from] std::io::Error),
 }

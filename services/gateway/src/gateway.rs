@@ -9,6 +9,7 @@ use crate::looks::{Found, Looks};
 use crate::model::Model;
 use crate::record::Records;
 use crate::{Config, Error};
+use credentials::TokenFile;
 use openai::Code;
 use proto::StatusReply;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,6 +31,8 @@ pub struct Gateway {
     pub records: Arc<Records>,
     /// `None`: everybody may ask.
     pub keys: Option<KeyRing>,
+    /// `None`: nobody may give orders to workers here.
+    pub admin_token: Option<TokenFile>,
     /// Places for requests.
     pub places: Arc<Semaphore>,
     /// Places for parsing and tokenising large bodies.
@@ -63,6 +66,7 @@ impl Gateway {
         let upstream =
             Arc::new(Upstream::new(&config.routers, &config.timeouts, dial, metrics.resumed.clone())?);
         let keys = config.keys.file.as_deref().map(KeyRing::open).transpose()?;
+        let admin_token = config.admin_token_file.clone().map(TokenFile::open).transpose();
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Ok(Gateway {
             names: names(&config),
@@ -72,6 +76,7 @@ impl Gateway {
             spans,
             records: Arc::default(),
             keys,
+            admin_token: admin_token.map_err(Error::AdminToken)?,
             places: Arc::new(Semaphore::new(config.limits.concurrent_requests.min(Semaphore::MAX_PERMITS))),
             tokenizers: Arc::new(Semaphore::new(tokenizers(&config))),
             closing,

@@ -1,5 +1,5 @@
 //! The gateway: HTTP and text on one side, token ids and the router on the other. The only place where
-//! text exists. Knows nothing of workers beyond the names the router reports.
+//! text exists. Knows nothing of workers beyond what the router reports.
 
 mod answer;
 mod api;

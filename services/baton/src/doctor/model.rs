@@ -1,6 +1,9 @@
 //! A model's directory: config.json, tokenizer, weights, each read as the services read it, and room in memory for them.
 
-use super::finding::Finding;
+use super::{
+    finding::Finding,
+    memory::{self, Memory},
+};
 use std::path::{Path, PathBuf};
 
 const CHECK: &str = "model";
@@ -21,8 +24,7 @@ pub struct Found {
     pub text: Result<bool, String>,
     /// Not looked for, if absent.
     pub weights: Option<Result<model::Stored, String>>,
-    /// Bytes of this machine: all, and available.
-    pub memory: Option<(u64, u64)>,
+    pub memory: Option<Memory>,
 }
 
 pub fn gather(directory: &Directory) -> Found {
@@ -43,16 +45,7 @@ pub fn gather(directory: &Directory) -> Found {
         format!("{}, {} layers, hidden {}{fp8}", config.model_type, config.layers, config.hidden)
     });
     let text = gateway::check_model(path).map_err(|error| error.to_string());
-    Found { config, text, weights, memory: memory() }
-}
-
-fn memory() -> Option<(u64, u64)> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib = |name: &str| {
-        let line = text.lines().find(|line| line.starts_with(name))?;
-        line.split_whitespace().nth(1)?.parse::<u64>().ok()
-    };
-    Some((kib("MemTotal:")? << 10, kib("MemAvailable:")? << 10))
+    Found { config, text, weights, memory: memory::gather() }
 }
 
 pub fn judge(directory: &Directory, found: &Found) -> Vec<Finding> {
@@ -69,7 +62,7 @@ pub fn judge(directory: &Directory, found: &Found) -> Vec<Finding> {
         findings.extend(found.weights.as_ref().map(|weights| self::weights(path, weights)));
     }
     if let Some(Ok(stored)) = &found.weights {
-        findings.extend(room(directory, stored, found.memory));
+        findings.extend(room(directory, stored, found.memory.as_ref()));
     }
     findings
 }
@@ -110,33 +103,38 @@ fn weights(path: &Path, weights: &Result<model::Stored, String>) -> Finding {
 }
 
 /// On a CPU weights are kept in f32. A GPU's memory is looked at by the check of the GPU.
-fn room(directory: &Directory, stored: &model::Stored, memory: Option<(u64, u64)>) -> Option<Finding> {
+fn room(directory: &Directory, stored: &model::Stored, memory: Option<&Memory>) -> Option<Finding> {
     let subject = part(&directory.path, "memory");
     let needed = stored.parameters * 4;
     if directory.backend != "cpu" {
         return None;
     }
-    let Some((all, available)) = memory else {
+    let Some(memory) = memory else {
         return Some(Finding::not_checked(
             CHECK,
             subject,
             "this machine does not tell its memory (/proc/meminfo)",
         ));
     };
+    let limit = memory.limit.as_ref().map(|file| format!(", the limit in {}", file.display()));
     let found = format!(
-        "weights in f32 take {}, {} of {} are available",
+        "weights in f32 take {}, {} of {} are available{}",
         gigabytes(needed),
-        gigabytes(available),
-        gigabytes(all)
+        gigabytes(memory.available),
+        gigabytes(memory.all),
+        limit.as_deref().unwrap_or_default()
     );
     let finding = match needed {
-        _ if needed > all => Finding::error(CHECK, subject, found),
-        _ if needed > available => Finding::warning(CHECK, subject, found),
+        _ if needed > memory.all => Finding::error(CHECK, subject, found),
+        _ if needed > memory.available => Finding::warning(CHECK, subject, found),
         _ => return Some(Finding::ok(CHECK, subject, found)),
     };
-    Some(finding.expected("room for the weights, and for the KV cache beside them").remedy(
-        "use a machine with more memory, or --backend cuda, where weights stay as the checkpoint has them",
-    ))
+    let more = if memory.limit.is_some() { "raise that limit" } else { "use a machine with more memory" };
+    Some(
+        finding
+            .expected("room for the weights, and for the KV cache beside them")
+            .remedy(format!("{more}, or use --backend cuda, where weights stay as the checkpoint has them")),
+    )
 }
 
 fn gigabytes(bytes: u64) -> String {
@@ -154,7 +152,7 @@ mod tests {
             config: Ok("deepseek_v3".into()),
             text: Ok(true),
             weights: Some(Ok(stored)),
-            memory: Some((16_000_000_000, 8_000_000_000)),
+            memory: Some(Memory { all: 16_000_000_000, available: 8_000_000_000, limit: None }),
         }
     }
 
@@ -185,8 +183,16 @@ mod tests {
 
     #[test]
     fn weights_must_fit() {
-        let with = |all, available| problems(Found { memory: Some((all, available)), ..sound() });
-        assert_eq!(with(3_000_000_000, 2_000_000_000)[0].0, Severity::Error);
+        let with = |all, available| {
+            let limit = Some("/sys/fs/cgroup/memory.max".into());
+            problems(Found { memory: Some(Memory { all, available, limit }), ..sound() })
+        };
+        let (severity, found) = with(3_000_000_000, 2_000_000_000).remove(0);
+        assert_eq!(severity, Severity::Error);
+        assert!(
+            found.ends_with("2.00 GB of 3.00 GB are available, the limit in /sys/fs/cgroup/memory.max"),
+            "{found}"
+        );
         assert_eq!(with(8_000_000_000, 2_000_000_000)[0].0, Severity::Warning);
         assert_eq!(problems(Found { memory: None, ..sound() })[0].0, Severity::NotChecked);
     }

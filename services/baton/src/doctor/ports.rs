@@ -8,7 +8,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     time::Duration,
 };
-use tokio::time::timeout;
+use tokio::{task::spawn_blocking, time::timeout};
 
 const CHECK: &str = "ports";
 
@@ -29,7 +29,9 @@ pub async fn gather(address: SocketAddr, patience: Duration) -> Tried {
     match TcpListener::bind(address) {
         Ok(_) => Tried::Free,
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            let by = owner(address.port());
+            // It reads what is open in every process, which takes a while; whoever is not found in time is not told.
+            let looking = spawn_blocking(move || owner(address.port()));
+            let by = timeout(patience, looking).await.ok().and_then(|found| found.ok().flatten());
             let baton =
                 by.as_deref().is_some_and(|by| by.starts_with("baton")) || answers(address, patience).await;
             Tried::Held { by, baton }

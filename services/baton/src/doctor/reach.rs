@@ -8,14 +8,17 @@ use super::{
 };
 use crate::http::Client;
 use bytes::Bytes;
-use futures::{StreamExt, stream};
+use futures::{StreamExt, future::join_all, stream};
 use http_body_util::BodyExt;
 use hyper::{Method, StatusCode, header::DATE};
 use serde::Deserialize;
-use std::time::{Duration, SystemTime};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime},
+};
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tonic::transport::Endpoint;
 use tonic_health::pb::{
@@ -24,8 +27,10 @@ use tonic_health::pb::{
 
 const REACH: &str = "reach";
 const PAIRS: &str = "pairs";
-/// Pairs that are probed at most.
+/// No round of probes begins once so many pairs have been probed.
 const MOST_PAIRS: usize = 256;
+/// All probes end within this time.
+pub const ALL_PROBES: Duration = Duration::from_secs(60);
 /// What a worker may take for a probe, beyond the wait for its answer.
 const PROBING: Duration = Duration::from_secs(10);
 /// Members asked at the same time.
@@ -178,6 +183,14 @@ pub struct Pair<'a> {
     pub probed: Result<Option<Probed>, String>,
 }
 
+/// What became of all pairs.
+#[derive(Default)]
+pub struct Probes<'a> {
+    pub pairs: Vec<Pair<'a>>,
+    /// For want of time.
+    pub left_out: Vec<(&'a Member, &'a Member)>,
+}
+
 /// What a connection between workers must reach.
 #[derive(Clone, Copy, Debug)]
 pub struct Least {
@@ -185,30 +198,37 @@ pub struct Least {
     pub round_trip_ms: f64,
 }
 
-/// In rounds in which no member is in two pairs, so that probes do not slow each other down.
+/// In rounds in which no member is in two pairs, so that probes do not slow each other down; for so many pairs, and so long, as
+/// can be waited for.
 pub async fn probe<'a>(
     members: &[&'a Member],
     mib: u32,
     token: Option<&str>,
     patience: Duration,
-) -> Vec<Pair<'a>> {
-    let prefill: Vec<&Member> = members.iter().copied().filter(|member| member.role == "prefill").collect();
-    let decode: Vec<&Member> = members.iter().copied().filter(|member| member.role == "decode").collect();
-    let mut pairs = Vec::new();
+    all: Duration,
+) -> Probes<'a> {
+    let deadline = Instant::now() + all;
+    let of = |role: &str| members.iter().copied().filter(|member| member.role == role).collect();
+    let (prefill, decode): (Vec<&Member>, Vec<&Member>) = (of("prefill"), of("decode"));
+    let mut probes = Probes::default();
     for round in rounds(prefill.len(), decode.len()) {
-        let probes =
-            round.into_iter().map(|(p, d)| {
-                let (prefill, decode) = (prefill[p], decode[d]);
-                async move {
-                    Pair { prefill, decode, probed: ask_for(prefill, decode, mib, token, patience).await }
-                }
-            });
-        pairs.extend(futures::future::join_all(probes).await);
-        if pairs.len() >= MOST_PAIRS {
-            break;
+        let round = round.into_iter().map(|(p, d)| (prefill[p], decode[d]));
+        if probes.pairs.len() >= MOST_PAIRS || Instant::now() >= deadline {
+            probes.left_out.extend(round);
+            continue;
+        }
+        let asked = round.map(|(prefill, decode)| async move {
+            let asking = ask_for(prefill, decode, mib, token, patience);
+            (prefill, decode, timeout_at(deadline, asking).await)
+        });
+        for (prefill, decode, probed) in join_all(asked).await {
+            match probed {
+                Ok(probed) => probes.pairs.push(Pair { prefill, decode, probed }),
+                Err(_) => probes.left_out.push((prefill, decode)),
+            }
         }
     }
-    pairs
+    probes
 }
 
 fn rounds(prefill: usize, decode: usize) -> impl Iterator<Item = Vec<(usize, usize)>> {
@@ -257,8 +277,25 @@ fn error_in(status: StatusCode, body: &[u8]) -> String {
     error.map_or_else(|| format!("the admin port answered {status}"), str::to_owned)
 }
 
-pub fn judge_pairs(pairs: &[Pair<'_>], least: Least) -> Vec<Finding> {
-    pairs.iter().map(|pair| judge_pair(pair, least)).collect()
+pub fn judge_pairs(probes: &Probes<'_>, least: Least) -> Vec<Finding> {
+    let judged = probes.pairs.iter().map(|pair| judge_pair(pair, least));
+    judged.chain(left_out(&probes.left_out)).collect()
+}
+
+/// One finding for each prefill worker.
+fn left_out(pairs: &[(&Member, &Member)]) -> Vec<Finding> {
+    let mut by_prefill: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (prefill, decode) in pairs {
+        by_prefill.entry(&prefill.id).or_default().push(&decode.id);
+    }
+    let told = by_prefill.into_iter().map(|(prefill, decode)| {
+        let why = format!(
+            "{MOST_PAIRS} pairs, or {} s, are what all probes together may take",
+            ALL_PROBES.as_secs()
+        );
+        Finding::not_checked(PAIRS, format!("{prefill} -> {}", decode.join(", ")), why)
+    });
+    told.collect()
 }
 
 fn judge_pair(Pair { prefill, decode, probed }: &Pair<'_>, least: Least) -> Finding {
@@ -341,6 +378,32 @@ mod tests {
             }
             assert_eq!(all.len(), prefill * decode);
         }
+    }
+
+    #[test]
+    fn pairs_left_out_are_named() {
+        let (p1, p2, d1, d2) = (member("p1"), member("p2"), member("d1"), member("d2"));
+        let probes = Probes { pairs: Vec::new(), left_out: vec![(&p1, &d2), (&p2, &d1), (&p1, &d1)] };
+        let found = judge_pairs(&probes, Least { gigabytes_per_second: 0.1, round_trip_ms: 20.0 });
+        let told: Vec<&str> = found.iter().map(|finding| finding.subject.as_str()).collect();
+        assert_eq!(told, ["p1 -> d2, d1", "p2 -> d1"]);
+        assert!(found.iter().all(|finding| finding.severity == Severity::NotChecked));
+    }
+
+    /// Workers that take each probe and never answer it cost what all probes may take, and not that for each pair.
+    #[tokio::test]
+    async fn all_probes_together_end_in_time() {
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let admin = format!("http://{}", silent.local_addr().unwrap());
+        let of = |role: &str, n: usize| {
+            let one = |n| Member { role: role.into(), admin: admin.clone(), ..member(&format!("{role}{n}")) };
+            (0..n).map(one).collect::<Vec<_>>()
+        };
+        let members = [of("prefill", 1), of("decode", 8)].concat();
+        let (began, all) = (Instant::now(), Duration::from_millis(300));
+        let probes = probe(&members.iter().collect::<Vec<_>>(), 4, None, Duration::from_secs(5), all).await;
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        assert_eq!((probes.pairs.len(), probes.left_out.len()), (0, 8));
     }
 
     #[test]

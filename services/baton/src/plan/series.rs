@@ -1,7 +1,7 @@
 //! What services counted over a window of time: series of samples, scraped here or kept by Prometheus, and what can be asked
 //! of them. Counters may begin again at 0 when a process does.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Which service a series is of, as Prometheus calls it.
 pub const INSTANCE: &str = "instance";
@@ -17,35 +17,47 @@ pub struct Series {
 }
 
 #[derive(Clone, Debug, Default)]
-pub struct Window(Vec<Series>);
+pub struct Window {
+    series: Vec<Series>,
+    /// Where each is, by name and labels.
+    places: HashMap<(String, BTreeMap<String, String>), usize>,
+}
 
 impl Window {
     pub fn new(series: Vec<Series>) -> Self {
-        Window(series)
+        let mut window = Window::default();
+        series.into_iter().for_each(|series| window.points(series.name, series.labels).extend(series.points));
+        window
     }
 
     /// One more scrape, at `time`, of the service called `instance`.
     pub fn add(&mut self, time: f64, instance: &str, exposition: &str) {
         for (name, mut labels, value) in exposition.lines().filter_map(sample) {
             labels.insert(INSTANCE.to_owned(), instance.to_owned());
-            let known = self.0.iter_mut().find(|series| series.name == name && series.labels == labels);
-            match known {
-                Some(series) => series.points.push((time, value)),
-                None => self.0.push(Series { name, labels, points: vec![(time, value)] }),
-            }
+            self.points(name, labels).push((time, value));
         }
+    }
+
+    /// Of the series so called, which there is from now on.
+    fn points(&mut self, name: String, labels: BTreeMap<String, String>) -> &mut Vec<(f64, f64)> {
+        let next = self.series.len();
+        let place = *self.places.entry((name.clone(), labels.clone())).or_insert(next);
+        if place == next {
+            self.series.push(Series { name, labels, points: Vec::new() });
+        }
+        &mut self.series[place].points
     }
 
     /// From the first sample to the last.
     pub fn seconds(&self) -> f64 {
-        let times = || self.0.iter().flat_map(|series| &series.points).map(|(time, _)| *time);
+        let times = || self.series.iter().flat_map(|series| &series.points).map(|(time, _)| *time);
         (times().fold(f64::MIN, f64::max) - times().fold(f64::MAX, f64::min)).max(0.0)
     }
 
     /// Services that still show a series with these labels at the end.
     pub fn instances(&self, name: &str, labels: &[(&str, &str)]) -> BTreeSet<String> {
         let last = |series: &Series| series.points.last().map_or(f64::MIN, |(time, _)| *time);
-        let end = self.0.iter().map(last).fold(f64::MIN, f64::max);
+        let end = self.series.iter().map(last).fold(f64::MIN, f64::max);
         let alive = self.of(name, labels).filter(|series| last(series) >= end - GONE);
         alive.filter_map(|series| series.labels.get(INSTANCE)).cloned().collect()
     }
@@ -54,7 +66,7 @@ impl Window {
         let has = |series: &Series| {
             labels.iter().all(|(key, value)| series.labels.get(*key).is_some_and(|found| found == value))
         };
-        self.0.iter().filter(move |series| series.name == name && has(series))
+        self.series.iter().filter(move |series| series.name == name && has(series))
     }
 
     /// Of counters, summed.
@@ -154,6 +166,24 @@ mod tests {
         assert_eq!((window.seconds(), window.mean("baton_y", &[])), (10.0, Some(13.0 + 200.0)));
         assert_eq!(window.instances("baton_y", &[]), BTreeSet::from(["one".to_owned(), "two".to_owned()]));
         assert_eq!((window.mean("baton_z", &[]), window.change("baton_y")), (None, 6.0));
+    }
+
+    /// Of many services at once; quadratic, this takes minutes.
+    #[test]
+    fn samples_are_added_in_a_time_that_grows_with_their_number() {
+        let sample = |n: usize| format!("baton_x_bucket{{le=\"{n}\",role=\"decode\"}} 1\n");
+        let exposition: String = (0..1_000).map(sample).collect();
+        let mut window = Window::default();
+        let began = std::time::Instant::now();
+        for time in 0..3 {
+            (0..100)
+                .for_each(|n| window.add(f64::from(time), &format!("http://worker-{n}:7801"), &exposition));
+        }
+        assert_eq!(
+            window.of("baton_x_bucket", &[]).map(|series| series.points.len()).sum::<usize>(),
+            300_000
+        );
+        assert!(began.elapsed().as_secs() < 60, "{:?}", began.elapsed());
     }
 
     #[test]

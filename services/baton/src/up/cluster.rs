@@ -4,7 +4,7 @@ use super::{
     Args,
     child::{Addresses, Child},
 };
-use crate::{demo, http::Client};
+use crate::{demo, http::Client, settings};
 use anyhow::{Context, bail};
 use futures::future::{join_all, select_all};
 use serde_json::json;
@@ -13,10 +13,13 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-/// Longest wait after SIGTERM. Services drain for less.
-const STOP: Duration = Duration::from_millis(8_500);
+/// What a worker does once it has waited for what runs (`drain_ms`, `handover_ms`): last words, leaving, closing. With the defaults
+/// everything has ended 10 s after the signal.
+const CLOSING: Duration = Duration::from_secs(2);
+/// Routers have nothing to wait for once workers and gateway are gone.
+const ROUTERS: Duration = Duration::from_millis(800);
 /// A worker or router that dies is started again so many times, after a pause that doubles; one that lived for long
 /// begins anew.
 const RESTARTS: u32 = 5;
@@ -26,6 +29,8 @@ pub struct Cluster {
     args: Args,
     model: PathBuf,
     name: String,
+    /// Longest wait for a worker after SIGTERM.
+    leaving: Duration,
     logs: Option<PathBuf>,
     routers: Vec<Service>,
     gateway: Option<Child>,
@@ -47,9 +52,10 @@ impl Cluster {
             Some(directory) => (directory.clone(), directory_name(directory)),
             None => (demo::directory()?, demo::NAME.to_owned()),
         };
+        let leaving = leaving(&settings::load(None, &args.worker_set).context("--worker-set")?);
         let logs = (!args.verbose).then(|| log_directory(args.logs.as_deref())).transpose()?;
         let (routers, gateway, workers) = (Vec::new(), None, Vec::new());
-        Ok(Cluster { args, model, name, logs, routers, gateway, workers, ready: false })
+        Ok(Cluster { args, model, name, leaving, logs, routers, gateway, workers, ready: false })
     }
 
     /// Starts everything and waits until a request would succeed.
@@ -100,12 +106,11 @@ impl Cluster {
 
     /// SIGTERM to workers and gateway first, so that nothing loses its router while it drains; SIGKILL to what remains.
     pub async fn stop(&mut self) {
-        let deadline = Instant::now() + STOP;
         let mut first: Vec<&mut Child> = self.gateway.iter_mut().collect();
         first.extend(self.workers.iter_mut().map(|worker| &mut worker.child));
-        end(first, deadline - Duration::from_millis(500)).await;
+        end(first, self.leaving).await;
         let routers = self.routers.iter_mut().map(|router| &mut router.child).collect();
-        end(routers, deadline + Duration::from_secs(1)).await;
+        end(routers, ROUTERS).await;
     }
 
     pub fn announce(&self, json: bool) {
@@ -313,16 +318,20 @@ or from Python (pip install openai):
     )
 }
 
+fn leaving(worker: &worker::Config) -> Duration {
+    Duration::from_millis(worker.drain_ms.saturating_add(worker.handover_ms)).saturating_add(CLOSING)
+}
+
 /// The error of the first service to die.
 async fn died(gateway: &mut Option<Child>, others: impl Iterator<Item = &mut Service>) -> anyhow::Error {
     let children = gateway.iter_mut().chain(others.map(|service| &mut service.child));
     select_all(children.map(|child| Box::pin(child.died()))).await.0
 }
 
-async fn end(mut children: Vec<&mut Child>, deadline: Instant) {
+async fn end(mut children: Vec<&mut Child>, patience: Duration) {
     children.iter().for_each(|child| child.terminate());
     let waits = children.iter_mut().map(|child| async move {
-        if timeout_at(deadline, child.wait()).await.is_err() {
+        if timeout(patience, child.wait()).await.is_err() {
             eprintln!("baton up: {} did not stop in time and is killed", child.name);
             child.kill().await;
         }
@@ -352,4 +361,19 @@ fn log_directory(asked: Option<&Path>) -> anyhow::Result<PathBuf> {
     fs::create_dir_all(&directory)
         .with_context(|| format!("cannot create the log directory {}", directory.display()))?;
     Ok(directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_has_the_time_it_is_configured_to_take() {
+        let with = |set: &[&str]| {
+            let set: Vec<String> = set.iter().map(|set| (*set).to_owned()).collect();
+            leaving(&settings::load(None, &set).unwrap())
+        };
+        assert!(with(&[]) + ROUTERS < Duration::from_secs(10), "{:?}", with(&[]));
+        assert_eq!(with(&["drain_ms=60000", "handover_ms=3000"]), Duration::from_secs(65));
+    }
 }

@@ -1,5 +1,6 @@
 //! What a request must show before anything is done for it, if API keys are configured: nothing for health, readiness and the
-//! page that asks for a key; an operator's key for what tells of the process itself; any key for everything else.
+//! page that asks for a key; an operator's key for what tells of the process itself; any key for everything else. Orders to a
+//! worker ask for the admin token instead, and see to that themselves.
 
 use super::reply;
 use crate::gateway::Gateway;
@@ -25,6 +26,7 @@ fn need(path: &str) -> Need {
         "/" | "/health" | "/ready" | "/dashboard" => Need::Nothing,
         "/metrics" => Need::AdminKey,
         asset if asset.starts_with("/dashboard/") => Need::Nothing,
+        order if order.starts_with("/status/members/") && order.ends_with("/drain") => Need::Nothing,
         _ => Need::Key,
     }
 }
@@ -111,6 +113,8 @@ mod tests {
             ("/dashboards", Need::Key),
             ("/health/x", Need::Key),
             ("/status", Need::Key),
+            ("/status/members/decode-1", Need::Key),
+            ("/status/members/decode-1/drain", Need::Nothing),
             ("/trace/abc", Need::Key),
             ("/v1/models", Need::Key),
             ("/metrics", Need::AdminKey),

@@ -20,7 +20,7 @@ const SVG: &str = "image/svg+xml";
 /// Path, kind, bytes.
 type File = (&'static str, &'static str, &'static str);
 
-const FILES: [File; 13] = [
+const FILES: [File; 14] = [
     ("/dashboard", HTML, include_str!("../dashboard/index.html")),
     ("/dashboard/style.css", CSS, include_str!("../dashboard/style.css")),
     ("/dashboard/icon.svg", SVG, include_str!("../dashboard/icon.svg")),
@@ -31,6 +31,7 @@ const FILES: [File; 13] = [
     ("/dashboard/api.js", JS, include_str!("../dashboard/api.js")),
     ("/dashboard/flow.js", JS, include_str!("../dashboard/flow.js")),
     ("/dashboard/members.js", JS, include_str!("../dashboard/members.js")),
+    ("/dashboard/orders.js", JS, include_str!("../dashboard/orders.js")),
     ("/dashboard/charts.js", JS, include_str!("../dashboard/charts.js")),
     ("/dashboard/chat.js", JS, include_str!("../dashboard/chat.js")),
     ("/dashboard/waterfall.js", JS, include_str!("../dashboard/waterfall.js")),

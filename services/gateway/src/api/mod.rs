@@ -5,6 +5,7 @@ mod body;
 mod chat;
 mod completions;
 mod dashboard;
+mod drain;
 mod head;
 mod identity;
 mod logprobs;
@@ -43,10 +44,11 @@ pub fn public(gateway: Arc<Gateway>, registry: Arc<Registry>) -> Router {
         .layer(middleware::from_fn(identity::identify))
 }
 
-/// Health, readiness, metrics, the cluster's status and the records of requests; whoever asks for readiness gets it fresh.
+/// Health, readiness, metrics, the cluster's status with orders to its workers, and the records of requests; whoever asks for readiness gets it fresh.
 pub fn admin(gateway: Arc<Gateway>, registry: Arc<Registry>) -> Router {
     let status = Router::new()
         .route("/status", get(status::status))
+        .route("/status/members/{id}/drain", post(drain::drain))
         .route("/trace/{*id}", get(trace::trace))
         .route("/status/history", get(status::history))
         .with_state(gateway.clone());

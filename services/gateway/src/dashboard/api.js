@@ -20,7 +20,7 @@ export class Refused extends Error {
 
 export async function ask(path, options = {}) {
   const headers = { ...options.headers };
-  if (key) headers.authorization = `Bearer ${key}`;
+  if (key && !headers.authorization) headers.authorization = `Bearer ${key}`;
   const response = await fetch(path, { cache: "no-store", ...options, headers });
   if (!response.ok) throw new Refused(response.status, reason(await response.text(), response.status));
   return response;

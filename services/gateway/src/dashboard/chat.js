@@ -16,7 +16,7 @@ export function chat() {
   $("question").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
   });
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !$("key-dialog").open) stop(); });
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !document.querySelector("dialog[open]")) stop(); });
   $("stop").addEventListener("click", stop);
   $("forget").addEventListener("click", forget);
   $("examples").append(...EXAMPLES.map((question) => h("button", { type: "button", class: "example", click: () => send(question) }, prose(question))));

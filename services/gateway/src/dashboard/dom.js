@@ -18,6 +18,17 @@ function fill(element, attributes, children) {
   return element;
 }
 
+/**
+ * Opens a dialog, and calls `done` once it is closed by the button with a value: not by Cancel, and not by Esc, which would leave the
+ * value of the last time. Cancel is no button of the form, for Enter in a field presses the first of those.
+ */
+export function consult(dialog, done) {
+  dialog.returnValue = "";
+  dialog.onclose = () => { if (dialog.returnValue) done(); };
+  dialog.querySelector(".cancel").onclick = () => dialog.close();
+  dialog.showModal();
+}
+
 /** Makes what is in `parent` look like `children`, touching only what differs. For content without listeners. */
 export function show(parent, ...children) {
   const fresh = children.flat().filter((child) => child !== null && child !== undefined && child !== false);

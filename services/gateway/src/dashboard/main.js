@@ -1,11 +1,12 @@
 // What holds the page together: it asks for the status and its history at a steady pace and shows them.
 
-import { $, h, show } from "./dom.js";
+import { $, consult, h, show } from "./dom.js";
 import { hasKey, read, useKey } from "./api.js";
 import { charts } from "./charts.js";
 import { chat } from "./chat.js";
 import { flow } from "./flow.js";
 import { pools } from "./members.js";
+import { orders } from "./orders.js";
 import { clock } from "./units.js";
 
 const PACE = 2000;
@@ -13,6 +14,7 @@ const KEPT = 450;
 const state = { fields: [], samples: [], paused: false, since: 0, problem: null };
 const drawn = charts($("charts"));
 chat();
+orders();
 
 async function look() {
   try {
@@ -79,8 +81,17 @@ function fail(error) {
 function askKey(error) {
   tell(["unknown", "Key needed"]);
   show($("problems"), problem({ severity: "warning", text: error.message, remedy: "Give a key of this cluster: the button API key above." }));
-  if (!hasKey() && !$("key-dialog").open && !askKey.done) $("key-dialog").showModal();
+  if (!hasKey() && !document.querySelector("dialog[open]") && !askKey.done) consultKey();
   askKey.done = true;
+}
+
+function consultKey() {
+  $("key-field").value = "";
+  consult($("key-dialog"), () => {
+    useKey($("key-field").value);
+    $("key-field").value = "";
+    look();
+  });
 }
 
 async function keepLooking() {
@@ -94,13 +105,6 @@ $("pause").addEventListener("click", () => {
   state.paused = !state.paused;
   $("pause").setAttribute("aria-pressed", state.paused);
 });
-$("key").addEventListener("click", () => $("key-dialog").showModal());
-$("key-dialog").addEventListener("close", () => {
-  if ($("key-dialog").returnValue === "use") {
-    useKey($("key-field").value);
-    look();
-  }
-  $("key-field").value = "";
-});
+$("key").addEventListener("click", consultKey);
 document.addEventListener("visibilitychange", () => { if (!document.hidden && !state.paused) look(); });
 keepLooking();

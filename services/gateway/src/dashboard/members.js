@@ -33,9 +33,13 @@ function row(member) {
     h("th", { scope: "row" }, h("span", { class: "name", title: member.id }, shortened(member.id)),
       h("span", { class: "sub" }, `${member.backend} · ${member.version} · pid ${member.pid}`), h("span", { class: "sub" }, member.address.replace(/^http:\/\//, ""))),
     h("td", { "data-label": "State" }, h("span", { class: `chip ${member.state}` }, member.state),
-      gone ? h("span", { class: "sub" }, `last seen ${ms(member.lost_ms)} ago`) : null),
+      gone ? h("span", { class: "sub" }, `last seen ${ms(member.lost_ms)} ago`) : leave(member)),
     gone || !member.load ? [1, 2, 3].map(() => h("td", { class: "nothing" }, "")) : [sequences(member), blocks(member.load), done(member.load.totals)]);
 }
+
+/** Seen by who has given the admin token (orders.js). */
+const leave = ({ id, draining }) => draining ? null
+  : h("button", { class: "quiet drain", type: "button", "data-drain": id, "aria-label": `Drain ${shortened(id)}` }, "Drain");
 
 function sequences({ load, max_sequences: most }) {
   const detail = [load.waiting && `${count(load.waiting)} waiting`, load.reserved && `${count(load.reserved)} reserved`].filter(Boolean).join(", ");

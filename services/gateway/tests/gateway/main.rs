@@ -8,4 +8,5 @@ mod failures;
 mod fake;
 mod keys;
 mod limits;
+mod orders;
 mod refusals;
