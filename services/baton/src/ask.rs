@@ -49,8 +49,10 @@ async fn ask(args: &Args) -> anyhow::Result<String> {
 
 pub async fn first_model(client: &Client) -> anyhow::Result<String> {
     let (status, body) = client.get("/v1/models").await.context("is the cluster up? (baton up)")?;
-    let list: Value =
-        serde_json::from_slice(&body).with_context(|| format!("/v1/models answered {status}"))?;
+    if !status.is_success() {
+        bail!("/v1/models answered {status}: {}", String::from_utf8_lossy(&body).trim());
+    }
+    let list: Value = serde_json::from_slice(&body).context("/v1/models did not answer with JSON")?;
     Ok(list["data"][0]["id"].as_str().context("/v1/models lists no model")?.to_owned())
 }
 
