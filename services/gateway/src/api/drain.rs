@@ -48,7 +48,7 @@ async fn order(gateway: &Gateway, id: &str, headers: &HeaderMap) -> Result<(), E
     let token = token(gateway.admin_token.as_ref(), headers)?;
     let seen = gateway.looks.fresh().await.map_err(|error| gateway.overloaded(&error.message))?;
     let member = find(&seen.status.members, id)?;
-    match timeout(PATIENCE, tell(&member.admin_address, &token)).await {
+    match timeout(PATIENCE, tell(member, &token)).await {
         Ok(Ok((status, _))) if status.is_success() => Ok(()),
         Ok(Ok((status, said))) => Err(Error::new(Code::WorkerRefused, refusal(member, status, &said))),
         Ok(Err(why)) => Err(Error::new(Code::WorkerLost, unreached(member, &why))),
@@ -87,16 +87,16 @@ fn find<'a>(members: &'a [Member], id: &str) -> Result<&'a Member, Error> {
     })
 }
 
-/// `POST /drain` on the admin port at `admin`, and what came of it.
-async fn tell(admin: &str, token: &str) -> Result<(StatusCode, String), String> {
-    let uri: Uri = admin.parse().map_err(said)?;
+/// `POST /drain` on the admin port of `member`, and what came of it. Another may be there by now, and is told who is meant.
+async fn tell(member: &Member, token: &str) -> Result<(StatusCode, String), String> {
+    let uri: Uri = member.admin_address.parse().map_err(said)?;
     let (Some("http"), Some(host)) = (uri.scheme_str(), uri.authority()) else {
         return Err("its admin address is none like http://host:7801".into());
     };
     let name = host.host().trim_start_matches('[').trim_end_matches(']');
     let stream = TcpStream::connect((name, host.port_u16().unwrap_or(80))).await.map_err(said)?;
     let (mut sender, connection) = handshake(TokioIo::new(stream)).await.map_err(said)?;
-    let request = Request::post("/drain")
+    let request = Request::post(format!("/drain?member={}", member.id))
         .header(HOST, host.as_str())
         .header(AUTHORIZATION, format!("Bearer {token}"))
         .body(Body::empty())

@@ -82,7 +82,7 @@ async fn the_worker_that_is_meant_is_told_with_the_same_token() {
     let told = order(&cluster, "decode-1", TOKEN).await;
     assert_eq!((told.status, told.json()["member"].as_str()), (202, Some("decode-1")), "{}", told.body);
     let [heard] = &worker.heard()[..] else { panic!("{:?}", worker.heard()) };
-    assert!(heard.starts_with("post /drain http/1.1"), "{heard}");
+    assert!(heard.starts_with("post /drain?member=decode-1 http/1.1"), "{heard}");
     assert!(heard.contains(&format!("authorization: bearer {TOKEN}")), "{heard}");
     assert!(!heard.contains("origin:"), "a worker refuses pages: {heard}");
 }
