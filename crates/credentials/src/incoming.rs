@@ -1,5 +1,6 @@
 //! The server's side: connections appear once they are secured. They are secured beside each other and each within its time,
-//! and where there are too many the oldest is given up: however many say nothing, they hold up none that comes.
+//! and where there are too many the oldest is given up, if it has had a fair time. So many that say nothing hold up none that
+//! comes, and many honest ones at once wait their turn; a flood of silent ones, more in a [`FAIR`] than there is room for, slows us.
 
 use crate::Tls;
 use futures::Stream;
@@ -15,15 +16,17 @@ use std::{
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{mpsc, oneshot},
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::task::AbortOnDropHandle;
 
 /// For one handshake.
 const HANDSHAKE: Duration = Duration::from_secs(5);
-/// Handshakes at the same time. One of us is done in a few round trips: the oldest are those that say nothing.
+/// Handshakes at the same time; further connections wait in the listener's queue.
 const HANDSHAKES: usize = 256;
+/// Where others wait. One of us is done in a few round trips, even on a busy machine.
+const FAIR: Duration = Duration::from_secs(2);
 /// After an error of the listener, such as too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -52,6 +55,7 @@ impl Stream for Incoming {
 async fn accept(listener: TcpListener, tls: Tls, secured: mpsc::Sender<TlsStream<TcpStream>>) {
     let mut pending = Pending::default();
     loop {
+        pending.make_room().await;
         let (tcp, from) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -70,19 +74,26 @@ async fn accept(listener: TcpListener, tls: Tls, secured: mpsc::Sender<TlsStream
     }
 }
 
-/// Handshakes under way, the oldest first. Each ends when its sender is dropped.
+/// Handshakes under way and when each began, the oldest first. Each ends when its sender is dropped.
 #[derive(Default)]
-struct Pending(VecDeque<oneshot::Sender<()>>);
+struct Pending(VecDeque<(Instant, oneshot::Sender<()>)>);
 
 impl Pending {
-    /// Room for one more: it ends when what this gives resolves.
-    fn begin(&mut self) -> oneshot::Receiver<()> {
-        self.0.retain(|handshake| !handshake.is_closed());
-        if self.0.len() >= HANDSHAKES {
-            self.0.pop_front();
+    /// Waits for one to be done or to have had its time.
+    async fn make_room(&mut self) {
+        self.0.retain(|(_, handshake)| !handshake.is_closed());
+        if self.0.len() < HANDSHAKES {
+            return;
         }
+        if let Some((began, mut oldest)) = self.0.pop_front() {
+            let _ = timeout_at(began + FAIR, oldest.closed()).await;
+        }
+    }
+
+    /// One more: it ends when what this gives resolves.
+    fn begin(&mut self) -> oneshot::Receiver<()> {
         let (handshake, given_up) = oneshot::channel();
-        self.0.push_back(handshake);
+        self.0.push_back((Instant::now(), handshake));
         given_up
     }
 }
@@ -94,7 +105,7 @@ async fn unless<T>(
     tokio::select! {
         biased;
         outcome = handshake => outcome,
-        _ = given_up => Err(io::Error::other(format!("{HANDSHAKES} others have begun since, and it was not done"))),
+        _ = given_up => Err(io::Error::other(format!("not done after {FAIR:?}, and others wait"))),
     }
 }
 

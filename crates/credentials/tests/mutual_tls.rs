@@ -100,8 +100,8 @@ async fn who_says_nothing_holds_up_nobody() {
     for _ in 0..300 {
         mute.push(TcpStream::connect(address).await.unwrap());
     }
-    let answered = timeout(Duration::from_secs(2), async { ask(&channel(&tls, address)).await });
-    answered.await.expect("at once").unwrap();
+    let answered = timeout(Duration::from_secs(4), async { ask(&channel(&tls, address)).await });
+    answered.await.expect("once the first have had their time").unwrap();
     let mut end_of = async |index: usize, patience| {
         let ended = timeout(patience, mute[index].read(&mut [0; 1])).await;
         assert_eq!(ended.expect("given up").unwrap_or(0), 0);
@@ -114,6 +114,19 @@ async fn who_says_nothing_holds_up_nobody() {
     let mut registry = telemetry::Registry::default();
     metrics.register(&mut registry);
     assert!(metrics.connections_refused() >= 301, "{}", metrics.connections_refused());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_who_come_at_once_all_get_in() {
+    let dir = TempDir::new().unwrap();
+    let ours = Authority::new("ours");
+    let (tls, metrics) = open(&Files::new(dir.path(), &ours.pem(), &ours.issue("baton")));
+    let address = serve(&tls).await;
+    let one = || async { ask(&channel(&tls, address)).await };
+    let answers = futures::future::join_all((0..400).map(|_| one())).await;
+    let failed: Vec<_> = answers.into_iter().filter_map(Result::err).collect();
+    assert!(failed.is_empty(), "{} failed: {:?}", failed.len(), failed.first());
+    assert_eq!(metrics.connections_refused(), 0);
 }
 
 /// A new authority in three steps, as it is done without a pause: both are known; the new one's certificates; the old is gone.

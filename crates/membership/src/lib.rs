@@ -35,7 +35,8 @@ pub struct View {
     /// Whether the source answers now; if not, `members` is what it last said.
     pub connected: bool,
     /// Ids of the latest that went with `draining` in their last record: they left in good order. An observer that
-    /// sees only some views may never have seen that record. At most [`LEFT`], the latest last.
+    /// sees only some views may never have seen that record. At most [`LEFT`], the latest last. Who left while an
+    /// observer's watch of etcd was down is missing here: etcd keeps no word of it.
     pub left: VecDeque<String>,
 }
 

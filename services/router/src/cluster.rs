@@ -273,12 +273,14 @@ impl State {
         present.map(|(id, known)| (known.present = false, id.clone()).1).collect()
     }
 
-    /// Who came since `before`, and who was lost: went without being in `left`.
+    /// Who came since `before`, and who was lost: went without being seen draining here, or by who names `left`.
     fn compare(&mut self, before: BTreeSet<String>, left: &VecDeque<String>) {
         let State { members, lost, .. } = self;
         for (id, known) in members.iter() {
             match (before.contains(id), known.present) {
-                (true, false) if !left.contains(id) => lost.add(known.member.clone()),
+                (true, false) if !known.member.draining && !left.contains(id) => {
+                    lost.add(known.member.clone())
+                }
                 (false, true) => lost.replace(&known.member),
                 _ => {}
             }

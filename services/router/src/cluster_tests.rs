@@ -123,11 +123,12 @@ async fn a_repeated_prompt_returns_to_the_member_that_has_it() {
 #[tokio::test(start_paused = true)]
 async fn who_goes_without_leave_is_lost_and_a_silent_source_is_told() {
     let cluster = Cluster::new(settings());
-    let [a, b] = ["a", "b"].map(|id| member(id, Role::Decode, 10));
-    cluster.update(&view(&[a, b]));
+    let [a, b, d] = ["a", "b", "d"].map(|id| member(id, Role::Decode, 10));
+    let d = Member { draining: true, ..d };
+    cluster.update(&view(&[a, b, d]));
     cluster.update(&View { left: ["a".into()].into(), ..view(&[]) });
     let lost: Vec<String> = cluster.lost(|_| None).into_iter().map(|lost| lost.member.unwrap().id).collect();
-    assert_eq!(lost, ["b"], "a has left in good order, though nobody here saw it draining");
+    assert_eq!(lost, ["b"], "a has left in good order, though nobody here saw it draining; d was seen");
     assert_eq!(cluster.stale(), None);
     cluster.update(&View { connected: false, ..view(&[]) });
     tokio::time::advance(Duration::from_secs(3)).await;

@@ -184,18 +184,20 @@ struct Shared(PathBuf);
 impl Shared {
     fn create(bytes: usize) -> Result<Shared, Error> {
         let path = memory::shared_directory().join(format!("baton-bench-handoff-{}", std::process::id()));
-        let shared = Shared(path);
-        let written = shared.write(bytes);
-        written.map_err(|error| Error::Measure(format!("cannot write {}: {error}", shared.0.display())))?;
+        let failed =
+            |error| Error::Measure(format!("cannot write {bytes} bytes to {}: {error}", path.display()));
+        let file = File::options().read(true).write(true).create_new(true).open(&path).map_err(failed)?;
+        let shared = Shared(path.clone());
+        Shared::fill(&file, bytes).map_err(failed)?;
         Ok(shared)
     }
 
     /// Through a mapping, so that it lies in pages of the size that the pools have.
-    fn write(&self, bytes: usize) -> io::Result<()> {
-        let file = File::options().read(true).write(true).create_new(true).open(&self.0)?;
-        file.set_len(bytes as u64)?;
+    fn fill(file: &File, bytes: usize) -> io::Result<()> {
+        // Room for all of it, for to write to a mapping without room ends the process.
+        rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, bytes as u64)?;
         // SAFETY: nobody else has the file yet.
-        let mut map = unsafe { MmapMut::map_mut(&file) }?;
+        let mut map = unsafe { MmapMut::map_mut(file) }?;
         kernels::cpu::large_pages(&map);
         memory::fill(&mut map);
         Ok(())

@@ -15,8 +15,8 @@ use std::{
 };
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-/// What a worker does once it has waited for what runs (`drain_ms`, `handover_ms`): last words, leaving, closing. With the defaults
-/// everything has ended 10 s after the signal.
+/// What workers and gateway do once they have waited for what runs (`drain_ms`, `handover_ms`): last words, leaving, closing. With
+/// the defaults everything has ended 10 s after the signal.
 const CLOSING: Duration = Duration::from_secs(2);
 /// Routers have nothing to wait for once workers and gateway are gone.
 const ROUTERS: Duration = Duration::from_millis(800);
@@ -29,7 +29,7 @@ pub struct Cluster {
     args: Args,
     model: PathBuf,
     name: String,
-    /// Longest wait for a worker after SIGTERM.
+    /// Longest wait for workers and gateway after SIGTERM.
     leaving: Duration,
     logs: Option<PathBuf>,
     routers: Vec<Service>,
@@ -52,7 +52,9 @@ impl Cluster {
             Some(directory) => (directory.clone(), directory_name(directory)),
             None => (demo::directory()?, demo::NAME.to_owned()),
         };
-        let leaving = leaving(&settings::load(None, &args.worker_set).context("--worker-set")?);
+        let worker = settings::load(None, &args.worker_set).context("--worker-set")?;
+        let gateway = settings::load(None, &args.gateway_set).context("--gateway-set")?;
+        let leaving = leaving(&worker, &gateway);
         let logs = (!args.verbose).then(|| log_directory(args.logs.as_deref())).transpose()?;
         let (routers, gateway, workers) = (Vec::new(), None, Vec::new());
         Ok(Cluster { args, model, name, leaving, logs, routers, gateway, workers, ready: false })
@@ -318,8 +320,9 @@ or from Python (pip install openai):
     )
 }
 
-fn leaving(worker: &worker::Config) -> Duration {
-    Duration::from_millis(worker.drain_ms.saturating_add(worker.handover_ms)).saturating_add(CLOSING)
+fn leaving(worker: &worker::Config, gateway: &gateway::Config) -> Duration {
+    let worker = worker.drain_ms.saturating_add(worker.handover_ms);
+    Duration::from_millis(worker.max(gateway.timeouts.drain_ms)).saturating_add(CLOSING)
 }
 
 /// The error of the first service to die.
@@ -368,12 +371,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_worker_has_the_time_it_is_configured_to_take() {
-        let with = |set: &[&str]| {
-            let set: Vec<String> = set.iter().map(|set| (*set).to_owned()).collect();
-            leaving(&settings::load(None, &set).unwrap())
+    fn all_have_the_time_they_are_configured_to_take() {
+        let set = |set: &[&str]| set.iter().map(|set| (*set).to_owned()).collect::<Vec<String>>();
+        let with = |worker: &[&str], gateway: &[&str]| {
+            let worker = settings::load(None, &set(worker)).unwrap();
+            leaving(&worker, &settings::load(None, &set(gateway)).unwrap())
         };
-        assert!(with(&[]) + ROUTERS < Duration::from_secs(10), "{:?}", with(&[]));
-        assert_eq!(with(&["drain_ms=60000", "handover_ms=3000"]), Duration::from_secs(65));
+        assert!(with(&[], &[]) + ROUTERS < Duration::from_secs(10), "{:?}", with(&[], &[]));
+        assert_eq!(with(&["drain_ms=60000", "handover_ms=3000"], &[]), Duration::from_secs(65));
+        assert_eq!(with(&[], &["timeouts.drain_ms=30000"]), Duration::from_secs(32));
     }
 }
