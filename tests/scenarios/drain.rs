@@ -1,6 +1,6 @@
 //! Workers and routers that leave in good order, or without a word while another takes over: under load, nobody notices.
 
-use crate::harness::{Ask, Cluster, alone, baton, block_on, etcd_cluster::EtcdCluster, golden};
+use crate::harness::{Ask, Cluster, alone, baton, block_on, etcd_cluster::EtcdCluster, golden, http::Client};
 use futures::future::join_all;
 use rustix::process::Signal;
 use serde_json::Value;
@@ -74,6 +74,11 @@ fn drain_names_the_members_there_are() {
             Command::new(baton()).args(["drain", "nobody", "--url", &cluster.url]).output().await.unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && said.contains("no member nobody; there are: decode-"), "{said}");
+        // Of one whose address another has now.
+        let worker = Client::new(&cluster.worker("decode").admin).unwrap();
+        let (status, said) = worker.post("/drain?member=decode-1", "{}".into()).await.unwrap();
+        assert!(status == 409 && String::from_utf8_lossy(&said).contains("this is decode-"), "{status}");
+        assert!(Ask::new(&golden::prose(60, 1), 1).send(&cluster).await.is_ok(), "the worker goes on");
     });
 }
 

@@ -6,13 +6,23 @@ use ring::{
     hmac::{self, HMAC_SHA256},
     rand::SystemRandom,
 };
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 /// A shorter one could be guessed.
 const SHORTEST: usize = 16;
 
+/// Between complaints about a file that cannot be read: whoever can ask could fill the log.
+const COMPLAIN: Duration = Duration::from_secs(60);
+
 #[derive(Clone, Debug)]
-pub struct TokenFile(PathBuf);
+pub struct TokenFile {
+    path: PathBuf,
+    complained: Arc<Mutex<Option<Instant>>>,
+}
 
 /// Why somebody may not.
 #[derive(Debug, PartialEq, thiserror::Error)]
@@ -29,15 +39,15 @@ pub enum Denied {
 impl TokenFile {
     /// There must be a token in it already.
     pub fn open(path: PathBuf) -> Result<Self, String> {
-        let file = TokenFile(path);
+        let file = TokenFile { path, complained: Arc::default() };
         file.read()?;
         Ok(file)
     }
 
     /// The token, for whoever brings it.
     pub fn read(&self) -> Result<String, String> {
-        let path = self.0.display();
-        let bytes = watched::read(std::slice::from_ref(&self.0))?.concat();
+        let path = self.path.display();
+        let bytes = watched::read(std::slice::from_ref(&self.path))?.concat();
         let text = String::from_utf8(bytes).map_err(|error| format!("{path}: {error}"))?;
         let token = text.trim();
         if token.len() < SHORTEST || token.contains(char::is_whitespace) {
@@ -48,17 +58,28 @@ impl TokenFile {
         Ok(token.to_owned())
     }
 
-    /// Whether an `authorization` header brings it.
+    /// Whether an `authorization` header brings it. Who brings none has no file read.
     pub fn check(&self, authorization: Option<&str>) -> Result<(), Denied> {
-        let token = self.read().map_err(unreadable)?;
         let given = bearer(authorization.unwrap_or_default()).ok_or(Denied::Missing)?;
+        let token = self.read().map_err(|problem| self.unreadable(&problem))?;
         if equal(token.as_bytes(), given.as_bytes()) { Ok(()) } else { Err(Denied::Wrong) }
     }
-}
 
-fn unreadable(problem: String) -> Denied {
-    tracing::error!(%problem, "the admin token cannot be read; correct the file that `admin_token_file` names");
-    Denied::Unreadable
+    fn unreadable(&self, problem: &str) -> Denied {
+        if self.may_complain(Instant::now()) {
+            tracing::error!(%problem, "the admin token cannot be read; correct the file that `admin_token_file` names");
+        }
+        Denied::Unreadable
+    }
+
+    fn may_complain(&self, now: Instant) -> bool {
+        let mut last = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|last| now.saturating_duration_since(last) >= COMPLAIN);
+        if due {
+            *last = Some(now);
+        }
+        due
+    }
 }
 
 /// What stands behind `Bearer` in an `authorization` header.
@@ -104,7 +125,17 @@ mod tests {
         assert_eq!(file.check(Some("Bearer fedcba9876543210")), Ok(()));
         fs::remove_file(&path).unwrap();
         let denied = file.check(Some("Bearer fedcba9876543210")).unwrap_err();
+        assert_eq!(denied, Denied::Unreadable);
+        assert_eq!(file.check(None), Err(Denied::Missing), "not even looked for");
         let said = format!("{denied} {denied:?}");
         assert!(said.contains("log") && !said.contains(dir.path().to_str().unwrap()), "{said}");
+    }
+
+    #[test]
+    fn an_unreadable_file_is_told_once_a_minute() {
+        let file = TokenFile { path: PathBuf::new(), complained: Arc::default() };
+        let now = Instant::now();
+        let at = |seconds| file.clone().may_complain(now + Duration::from_secs(seconds));
+        assert_eq!([0, 1, 59, 60, 61, 120].map(at), [true, false, false, true, false, true]);
     }
 }

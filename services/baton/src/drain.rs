@@ -7,6 +7,7 @@ use crate::{
 };
 use anyhow::{Context, anyhow, bail};
 use clap::Parser;
+use http_body_util::BodyExt;
 use hyper::{Method, StatusCode};
 use serde_json::Value;
 use std::{process::ExitCode, time::Duration};
@@ -39,12 +40,17 @@ async fn drain(args: Args) -> anyhow::Result<()> {
     let member = find(&status, &args.member)?;
     let (id, admin) = (text(&member["id"]), text(&member["admin"]));
     let token = args.token.read().map_err(|problem| anyhow!(problem))?;
-    let response = Client::new(&admin)?.with_bearer(token).open(Method::POST, "/drain", "{}".into()).await;
+    let (client, path) = (Client::new(&admin)?.with_bearer(token), format!("/drain?member={id}"));
+    let response = client.open(Method::POST, &path, "{}".into()).await;
     let response = response.with_context(|| {
         format!("the admin port of {id} must be reachable from here; SIGTERM to its process does the same")
     })?;
     if [StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN].contains(&response.status()) {
         bail!("{id} takes orders only from who has its admin token; give the file with --token-file");
+    }
+    if response.status() == StatusCode::CONFLICT {
+        let said = response.into_body().collect().await?.to_bytes();
+        bail!("{id} is no longer at {admin}: {}", String::from_utf8_lossy(&said).trim());
     }
     if !response.status().is_success() {
         bail!("{admin}/drain answered {}; is it a Baton worker of this version?", response.status());

@@ -14,6 +14,8 @@ pub struct Config {
     pub admin: SocketAddr,
     /// File with the token for orders to workers (`POST /status/members/ID/drain`, for which the page has a button), at least 16
     /// characters, read anew for each; the workers' own `admin_token_file` must be the same. Absent: orders are refused.
+    /// Order and token go to the address that the membership holds, so whoever can write there is given the token: let only the
+    /// known write, by `tls` of all services, or etcd with TLS and client certificates.
     pub admin_token_file: Option<PathBuf>,
     /// gRPC addresses of routers. A request goes to one; if that one does not answer, to the next.
     pub routers: Vec<String>,

@@ -91,7 +91,8 @@ where
     let asked = CancellationToken::new();
     let Place { addresses, membership, dial, credentials } = place;
     credentials.register(&mut registry);
-    let changing = leave::router(asked.clone()).merge(phase::routes()).merge(probe::router(pool.clone()));
+    let leaving = leave::router(&id, asked.clone());
+    let changing = leaving.merge(phase::routes()).merge(probe::router(pool.clone()));
     let routes = pool::router(pool).merge(guard::guard(changing, config.admin_token_file.clone())?);
     let admin = Server::spawn(|stop| admin::serve(admin, registry, readiness, routes, stop));
     let shutdown = async {

@@ -13,7 +13,7 @@ use http_body_util::BodyExt;
 use hyper::{Method, StatusCode, header::DATE};
 use serde::Deserialize;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, SystemTime},
 };
 use tokio::{
@@ -27,6 +27,7 @@ use tonic_health::pb::{
 
 const REACH: &str = "reach";
 const PAIRS: &str = "pairs";
+const TOKEN: &str = "the prefill worker probes only for who has its admin token; give it with --token-file";
 /// No round of probes begins once so many pairs have been probed.
 const MOST_PAIRS: usize = 256;
 /// All probes end within this time.
@@ -179,8 +180,21 @@ pub struct Probed {
 pub struct Pair<'a> {
     pub prefill: &'a Member,
     pub decode: &'a Member,
-    /// `None`: the prefill worker asks for its admin token.
-    pub probed: Result<Option<Probed>, String>,
+    pub probed: Result<Probed, Unprobed>,
+}
+
+/// Why there is no measure.
+#[derive(Debug)]
+pub enum Unprobed {
+    /// The prefill worker did not try, which says nothing of the way between the two.
+    NotTried(String),
+    Cut(String),
+}
+
+impl From<String> for Unprobed {
+    fn from(why: String) -> Self {
+        Unprobed::Cut(why)
+    }
 }
 
 /// What became of all pairs.
@@ -246,7 +260,7 @@ async fn ask_for(
     mib: u32,
     token: Option<&str>,
     patience: Duration,
-) -> Result<Option<Probed>, String> {
+) -> Result<Probed, Unprobed> {
     let client = Client::new(&prefill.admin).map_err(|error| format!("{error:#}"))?;
     let client = client.with_bearer(token.map(str::to_owned));
     let path = format!("/probe?to={}&mib={mib}", decode.address);
@@ -258,17 +272,23 @@ async fn ask_for(
             let body = response.into_body().collect().await.map_err(|error| error.to_string())?.to_bytes();
             match status {
                 StatusCode::TOO_MANY_REQUESTS => sleep(Duration::from_millis(100)).await,
-                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => return Ok(None),
-                StatusCode::OK => {
-                    return serde_json::from_slice(&body).map(Some).map_err(|error| error.to_string());
+                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                    return Err(Unprobed::NotTried(TOKEN.into()));
                 }
-                _ => return Err(error_in(status, &body)),
+                // It does not know who is a member, or knows that the other is none.
+                StatusCode::SERVICE_UNAVAILABLE | StatusCode::NOT_FOUND => {
+                    return Err(Unprobed::NotTried(error_in(status, &body)));
+                }
+                StatusCode::OK => {
+                    return Ok(serde_json::from_slice(&body).map_err(|error| error.to_string())?);
+                }
+                _ => return Err(error_in(status, &body).into()),
             }
         }
     };
     timeout(patience + PROBING, asking)
         .await
-        .unwrap_or_else(|_| Err(format!("no answer within {} s", (patience + PROBING).as_secs_f32())))
+        .unwrap_or_else(|_| Err(format!("no answer within {} s", (patience + PROBING).as_secs_f32()).into()))
 }
 
 fn error_in(status: StatusCode, body: &[u8]) -> String {
@@ -278,40 +298,54 @@ fn error_in(status: StatusCode, body: &[u8]) -> String {
 }
 
 pub fn judge_pairs(probes: &Probes<'_>, least: Least) -> Vec<Finding> {
-    let judged = probes.pairs.iter().map(|pair| judge_pair(pair, least));
-    judged.chain(left_out(&probes.left_out)).collect()
+    let judged = probes.pairs.iter().filter_map(|pair| judge_pair(pair, least));
+    judged.chain(not_tried(&probes.pairs)).chain(left_out(&probes.left_out)).collect()
 }
 
-/// One finding for each prefill worker.
+fn not_tried(pairs: &[Pair<'_>]) -> Vec<Finding> {
+    let why = |pair: &Pair<'_>| match &pair.probed {
+        Err(Unprobed::NotTried(why)) => Some(why.clone()),
+        _ => None,
+    };
+    by_prefill(pairs.iter().filter_map(|pair| Some((pair.prefill, pair.decode, why(pair)?))))
+}
+
 fn left_out(pairs: &[(&Member, &Member)]) -> Vec<Finding> {
-    let mut by_prefill: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for (prefill, decode) in pairs {
-        by_prefill.entry(&prefill.id).or_default().push(&decode.id);
+    let why =
+        format!("{MOST_PAIRS} pairs, or {} s, are what all probes together may take", ALL_PROBES.as_secs());
+    by_prefill(pairs.iter().map(|(prefill, decode)| (*prefill, *decode, why.clone())))
+}
+
+/// One finding for each prefill worker, of all pairs that were not checked and why.
+fn by_prefill<'a>(pairs: impl Iterator<Item = (&'a Member, &'a Member, String)>) -> Vec<Finding> {
+    let mut of = BTreeMap::<&str, (Vec<&str>, BTreeSet<String>)>::new();
+    for (prefill, decode, why) in pairs {
+        let (decodes, whys) = of.entry(&prefill.id).or_default();
+        decodes.push(&decode.id);
+        whys.insert(why);
     }
-    let told = by_prefill.into_iter().map(|(prefill, decode)| {
-        let why = format!(
-            "{MOST_PAIRS} pairs, or {} s, are what all probes together may take",
-            ALL_PROBES.as_secs()
-        );
-        Finding::not_checked(PAIRS, format!("{prefill} -> {}", decode.join(", ")), why)
+    let told = of.into_iter().map(|(prefill, (decodes, whys))| {
+        let whys: Vec<String> = whys.into_iter().collect();
+        Finding::not_checked(PAIRS, format!("{prefill} -> {}", decodes.join(", ")), whys.join("; "))
     });
     told.collect()
 }
 
-fn judge_pair(Pair { prefill, decode, probed }: &Pair<'_>, least: Least) -> Finding {
+/// `None`: it was not tried.
+fn judge_pair(Pair { prefill, decode, probed }: &Pair<'_>, least: Least) -> Option<Finding> {
     let subject = format!("{} -> {}", prefill.id, decode.id);
-    let probed = match probed {
-        Ok(Some(probed)) => probed,
-        Ok(None) => {
-            let why = "the prefill worker probes only for who has its admin token; give it with --token-file";
-            return Finding::not_checked(PAIRS, subject, why);
-        }
-        Err(why) => {
-            return Finding::error(PAIRS, subject, format!("does not get through: {why}"))
+    match probed {
+        Ok(probed) => Some(judge_probed(subject, decode, probed, least)),
+        Err(Unprobed::NotTried(_)) => None,
+        Err(Unprobed::Cut(why)) => Some(
+            Finding::error(PAIRS, subject, format!("does not get through: {why}"))
                 .expected(format!("prefill workers reach {}", decode.address))
-                .remedy("let prefill workers through to decode workers' gRPC port (networkPolicy, firewall), or correct `advertise`");
-        }
-    };
+                .remedy("let prefill workers through to decode workers' gRPC port (networkPolicy, firewall), or correct `advertise`"),
+        ),
+    }
+}
+
+fn judge_probed(subject: String, decode: &Member, probed: &Probed, least: Least) -> Finding {
     let Probed { member, round_trip_ms, gigabytes_per_second } = probed;
     let found = format!("{gigabytes_per_second:.2} GB/s, {round_trip_ms:.2} ms");
     if *member != decode.id {
@@ -331,7 +365,7 @@ fn judge_pair(Pair { prefill, decode, probed }: &Pair<'_>, least: Least) -> Find
 mod tests {
     use super::*;
     use crate::doctor::finding::Severity;
-    use std::collections::BTreeSet;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     fn member(id: &str) -> Member {
         Member { id: id.into(), address: format!("http://{id}:1"), ..Member::default() }
@@ -418,10 +452,47 @@ mod tests {
             (probed("d1", 0.05, 0.3), Severity::Warning),
             (probed("d1", 1.0, 50.0), Severity::Warning),
             (probed("d2", 1.0, 0.3), Severity::Error),
-            (Err("refused".to_owned()), Severity::Error),
+            (Err(Unprobed::Cut("refused".to_owned())), Severity::Error),
         ] {
-            let pair = Pair { prefill: &prefill, decode: &decode, probed: probed.map(Some) };
-            assert_eq!(judge_pair(&pair, least).severity, severity, "{:?}", pair.probed);
+            let pair = Pair { prefill: &prefill, decode: &decode, probed };
+            assert_eq!(judge_pair(&pair, least).unwrap().severity, severity, "{:?}", pair.probed);
+        }
+    }
+
+    /// A prefill worker that says with this status why it does not probe.
+    async fn unwilling(status: &str, body: &str) -> Member {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let admin = format!("http://{}", listener.local_addr().unwrap());
+        let head =
+            format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+        let answer = head + body;
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let _ = stream.read(&mut [0; 4096]).await;
+                let _ = stream.write_all(answer.as_bytes()).await;
+            }
+        });
+        Member { role: "prefill".into(), admin, ..member("p1") }
+    }
+
+    /// Whoever does not try says nothing of the network, and once of all pairs.
+    #[tokio::test]
+    async fn who_does_not_try_is_passed_on_in_its_words() {
+        let decodes = ["d1", "d2"].map(|id| Member { role: "decode".into(), ..member(id) });
+        let least = Least { gigabytes_per_second: 0.1, round_trip_ms: 20.0 };
+        for (status, severity, found) in [
+            ("503 Service Unavailable", Severity::NotChecked, 1),
+            ("404 Not Found", Severity::NotChecked, 1),
+            ("403 Forbidden", Severity::NotChecked, 1),
+            ("502 Bad Gateway", Severity::Error, 2),
+        ] {
+            let prefill = unwilling(status, r#"{"error": "the source is away"}"#).await;
+            let members = [&prefill, &decodes[0], &decodes[1]];
+            let probes = probe(&members, 4, None, Duration::from_secs(5), ALL_PROBES).await;
+            let told = judge_pairs(&probes, least);
+            assert_eq!((told.len(), told[0].severity), (found, severity), "{told:#?}");
+            let words = if status.starts_with("403") { "--token-file" } else { "the source is away" };
+            assert!(told[0].found.contains(words), "{told:#?}");
         }
     }
 }

@@ -4,17 +4,18 @@
 use crate::Error;
 use crate::cluster::Seen;
 use crate::config::{Timeouts, ms};
-use futures::future::join_all;
+use futures::{StreamExt, stream::FuturesUnordered};
 use proto::generate_event::Event;
 use proto::router_client::RouterClient;
 use proto::{Dial, ErrorCode, GenerateEvent, GenerateRequest, Latency, StatusReply, StatusRequest};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use telemetry::Counter;
 use telemetry::trace::{self, TraceContext};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::transport::Channel;
-use tonic::{Status, Streaming};
+use tonic::{Response, Status, Streaming};
 
 pub struct Upstream {
     routers: Vec<Router>,
@@ -47,8 +48,6 @@ pub enum Break {
 struct Router {
     address: String,
     client: RouterClient<Channel>,
-    /// Did not answer when it was last asked for its status.
-    silent: AtomicBool,
 }
 
 /// Why one router gave no stream.
@@ -62,8 +61,8 @@ enum Failure {
 
 /// A status is quick to give.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
-/// For one that was silent before: what the others say is not kept waiting again and again.
-const SILENT_TIMEOUT: Duration = Duration::from_millis(500);
+/// For the others once one router has given its own: what it says is not kept waiting for one that is silent.
+const OTHERS_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Routers that one request may lose and still be given to another: it may be what kills them.
 const LOSSES: u32 = 3;
@@ -182,18 +181,34 @@ impl Upstream {
 
     /// The cluster as all routers see it, asked at the same time.
     pub async fn statuses(&self) -> Result<Seen, proto::Error> {
-        let answers = join_all(self.order().map(|index| self.routers[index].status())).await;
+        let order: Vec<usize> = self.order().collect();
+        let mut answers = self.answers(&order).await;
         let (mut answering, mut silent) = (Vec::new(), Vec::new());
-        for (index, answer) in self.order().zip(answers) {
+        for index in order {
             let address = self.routers[index].address.clone();
-            match answer {
-                Ok(status) => answering.push((address, status)),
-                Err(problem) => silent.push((address, problem)),
+            match answers.remove(&index) {
+                Some(Ok(status)) => answering.push((address, status)),
+                Some(Err(problem)) => silent.push((address, problem)),
+                None => silent.push((address, "no answer in time".into())),
             }
         }
         let problems: Vec<String> =
             silent.iter().map(|(address, problem)| format!("{address}: {problem}")).collect();
         Seen::new(answering, silent).ok_or_else(|| nobody(&problems))
+    }
+
+    /// What routers answer in time, by index.
+    async fn answers(&self, order: &[usize]) -> HashMap<usize, Result<StatusReply, String>> {
+        let asked = order.iter().map(|index| async { (*index, self.routers[*index].status().await) });
+        let mut asked: FuturesUnordered<_> = asked.collect();
+        let (mut answers, mut until) = (HashMap::new(), Instant::now() + STATUS_TIMEOUT);
+        while let Ok(Some((index, answer))) = timeout_at(until, asked.next()).await {
+            if answer.is_ok() {
+                until = until.min(Instant::now() + OTHERS_TIMEOUT);
+            }
+            answers.insert(index, answer);
+        }
+        answers
     }
 
     /// The next event that is no heartbeat.
@@ -276,18 +291,12 @@ impl Router {
         let client = RouterClient::new(dial.channel(&endpoint))
             .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
-        Ok(Router { address: address.to_owned(), client, silent: AtomicBool::new(false) })
+        Ok(Router { address: address.to_owned(), client })
     }
 
     async fn status(&self) -> Result<StatusReply, String> {
-        let patience = if self.silent.load(Ordering::Relaxed) { SILENT_TIMEOUT } else { STATUS_TIMEOUT };
-        let answer = timeout(patience, self.client.clone().status(StatusRequest {})).await;
-        self.silent.store(answer.is_err(), Ordering::Relaxed);
-        match answer {
-            Ok(Ok(reply)) => Ok(reply.into_inner()),
-            Ok(Err(status)) => Err(describe(&status)),
-            Err(_) => Err("no answer in time".into()),
-        }
+        let answer = self.client.clone().status(StatusRequest {}).await;
+        answer.map(Response::into_inner).map_err(|status| describe(&status))
     }
 }
 

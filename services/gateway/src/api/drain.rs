@@ -18,7 +18,7 @@ use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 /// From dialling the worker to the last byte of its answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -30,7 +30,11 @@ pub async fn drain(
     Path(id): Path<String>,
     headers: HeaderMap,
 ) -> Response {
-    match order(&gateway, &id, &headers).await {
+    let token = match token(gateway.admin_token.as_ref(), &headers) {
+        Ok(token) => token,
+        Err(error) => return refuse(&gateway, &error),
+    };
+    match order(&gateway, &id, &token).await {
         Ok(()) => {
             tracing::info!(member = id, "told to leave");
             let mut response = reply::json(&json!({"member": id, "draining": true}));
@@ -44,18 +48,29 @@ pub async fn drain(
     }
 }
 
-async fn order(gateway: &Gateway, id: &str, headers: &HeaderMap) -> Result<(), Error> {
-    let token = token(gateway.admin_token.as_ref(), headers)?;
+/// Counted and said as other refusals for want of a key are: strangers do not fill the log.
+fn refuse(gateway: &Gateway, error: &Error) -> Response {
+    tracing::debug!(%error, "refused an order");
+    gateway.metrics.count("any", error.code.status());
+    reply::error(error)
+}
+
+/// Why nobody knows that the order was taken.
+enum Failure {
+    /// It was not sent.
+    Unreached(String),
+    /// It was sent, and may have been taken.
+    Unanswered(Code, String),
+}
+
+async fn order(gateway: &Gateway, id: &str, token: &str) -> Result<(), Error> {
     let seen = gateway.looks.fresh().await.map_err(|error| gateway.overloaded(&error.message))?;
     let member = find(&seen.status.members, id)?;
-    match timeout(PATIENCE, tell(&member.admin_address, &token)).await {
-        Ok(Ok((status, _))) if status.is_success() => Ok(()),
-        Ok(Ok((status, said))) => Err(Error::new(Code::WorkerRefused, refusal(member, status, &said))),
-        Ok(Err(why)) => Err(Error::new(Code::WorkerLost, unreached(member, &why))),
-        Err(_) => {
-            let why = format!("no answer within {} s", PATIENCE.as_secs());
-            Err(Error::new(Code::Deadline, unreached(member, &why)))
-        }
+    match tell(member, token).await {
+        Ok((status, _)) if status.is_success() => Ok(()),
+        Ok((status, said)) => Err(Error::new(Code::WorkerRefused, refusal(member, status, &said))),
+        Err(Failure::Unreached(why)) => Err(Error::new(Code::WorkerLost, unreached(member, &why))),
+        Err(Failure::Unanswered(code, why)) => Err(Error::new(code, unanswered(member, &why))),
     }
 }
 
@@ -87,26 +102,42 @@ fn find<'a>(members: &'a [Member], id: &str) -> Result<&'a Member, Error> {
     })
 }
 
-/// `POST /drain` on the admin port at `admin`, and what came of it.
-async fn tell(admin: &str, token: &str) -> Result<(StatusCode, String), String> {
-    let uri: Uri = admin.parse().map_err(said)?;
+/// `POST /drain` on the admin port of `member`, and what came of it. Another may be there by now, and is told who is meant.
+async fn tell(member: &Member, token: &str) -> Result<(StatusCode, String), Failure> {
+    let deadline = Instant::now() + PATIENCE;
+    let late = || format!("no answer within {} s", PATIENCE.as_secs());
+    let connected = timeout_at(deadline, connect(member, token)).await.unwrap_or_else(|_| Err(late()));
+    let (stream, request) = connected.map_err(Failure::Unreached)?;
+    let sent = timeout_at(deadline, send(stream, request)).await;
+    sent.map_err(|_| Failure::Unanswered(Code::Deadline, late()))?
+        .map_err(|error| Failure::Unanswered(Code::WorkerLost, error.to_string()))
+}
+
+async fn connect(member: &Member, token: &str) -> Result<(TcpStream, Request<Body>), String> {
+    let uri: Uri = member.admin_address.parse().map_err(said)?;
     let (Some("http"), Some(host)) = (uri.scheme_str(), uri.authority()) else {
         return Err("its admin address is none like http://host:7801".into());
     };
-    let name = host.host().trim_start_matches('[').trim_end_matches(']');
-    let stream = TcpStream::connect((name, host.port_u16().unwrap_or(80))).await.map_err(said)?;
-    let (mut sender, connection) = handshake(TokioIo::new(stream)).await.map_err(said)?;
-    let request = Request::post("/drain")
+    let request = Request::post(format!("/drain?member={}", member.id))
         .header(HOST, host.as_str())
         .header(AUTHORIZATION, format!("Bearer {token}"))
         .body(Body::empty())
         .map_err(said)?;
+    let name = host.host().trim_start_matches('[').trim_end_matches(']');
+    let stream = TcpStream::connect((name, host.port_u16().unwrap_or(80))).await.map_err(said)?;
+    Ok((stream, request))
+}
+
+/// Whatever becomes of its words, the status says what the worker did.
+async fn send(stream: TcpStream, request: Request<Body>) -> hyper::Result<(StatusCode, String)> {
+    let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
     // The sender goes with the answer, and with the sender the connection.
     let asking = async move {
-        let response = sender.send_request(request).await.map_err(said)?;
+        let response = sender.send_request(request).await?;
         let status = response.status();
-        let body = to_bytes(Body::new(response.into_body()), MOST_SAID).await.map_err(said)?;
-        Ok((status, String::from_utf8_lossy(&body).trim().to_owned()))
+        let body = to_bytes(Body::new(response.into_body()), MOST_SAID).await;
+        let words = body.map(|body| String::from_utf8_lossy(&body).trim().to_owned());
+        Ok((status, words.unwrap_or_else(|error| format!("its words cannot be read: {error}"))))
     };
     tokio::join!(asking, connection).0
 }
@@ -130,6 +161,13 @@ fn unreached(member: &Member, why: &str) -> String {
     format!(
         "{} cannot be told at {}: {why}; let gateways through to workers' admin ports (networkPolicy, firewall), or correct \
          its advertise_admin. SIGTERM to its process does the same",
+        member.id, member.admin_address
+    )
+}
+
+fn unanswered(member: &Member, why: &str) -> String {
+    format!(
+        "Whether {} was told at {} is not known: {why}; look at /status whether it drains",
         member.id, member.admin_address
     )
 }

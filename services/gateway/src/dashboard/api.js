@@ -12,9 +12,10 @@ export function useKey(given) {
 
 /** Why the gateway refused: OpenAI's error shape, or whatever it said. */
 export class Refused extends Error {
-  constructor(status, message) {
+  constructor(status, { message, code }) {
     super(message);
     this.status = status;
+    this.code = code;
   }
 }
 
@@ -29,5 +30,8 @@ export async function ask(path, options = {}) {
 export const read = async (path) => (await ask(path, { signal: AbortSignal.timeout(8000) })).json();
 
 function reason(text, status) {
-  try { return JSON.parse(text).error.message; } catch { return text.trim() || `HTTP ${status}`; }
+  try {
+    const { message, code } = JSON.parse(text).error;
+    return { message, code };
+  } catch { return { message: text.trim() || `HTTP ${status}` }; }
 }

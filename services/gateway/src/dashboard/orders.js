@@ -58,9 +58,16 @@ async function drain(id) {
     });
     tell(`${member(id)} takes nothing new. It ends once what runs there has ended or goes on elsewhere.`);
   } catch (error) {
-    if (error.status === 401) forget(`Refused: ${error.message}.`, true);
-    else tell(error.status ? `Refused: ${error.message}.` : `The gateway did not answer: whether ${member(id)} was told is not known.`, true);
+    const words = failure(id, error);
+    if (error.status === 401) forget(words, true);
+    else tell(words, true);
   }
+}
+
+/** Refused is what a gateway or a worker said no to; what else it says tells itself whether the order went out. */
+function failure(id, { status, code, message }) {
+  if (code === "worker_refused" || (status >= 400 && status < 500)) return `Refused: ${message}.`;
+  return code ? `${message}.` : `The gateway did not answer: whether ${member(id)} was told is not known.`;
 }
 
 function tell(words, failed = false) {

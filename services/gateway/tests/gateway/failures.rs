@@ -223,6 +223,23 @@ async fn one_question_a_second_serves_readiness_and_history() {
     assert!(!status["samples"].as_array().unwrap().is_empty(), "{status}");
 }
 
+/// And one that never answers keeps what another says waiting for a moment only.
+#[tokio::test]
+async fn a_router_that_was_too_slow_once_is_heard_when_it_is_slow() {
+    let cluster = Cluster::start(|_| vec![]).await;
+    for (takes, status) in [(2500, 503), (1000, 200), (1000, 200)] {
+        cluster.fake.status_takes.store(takes, SeqCst);
+        let reply = get(cluster.http, "/status").await;
+        assert_eq!(reply.status, status, "{takes} ms: {}", reply.body);
+    }
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let silent = format!("http://{}", silent.local_addr().unwrap());
+    let cluster = Cluster::with(|_| vec![], |config| config.routers.push(silent)).await;
+    let began = Instant::now();
+    assert_eq!(get(cluster.http, "/status").await.status, 200);
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+}
+
 #[tokio::test]
 async fn silence_and_slowness_have_their_bounds() {
     let impatient = |config: &mut gateway::Config| {

@@ -12,7 +12,7 @@ use proto::{
 use serde_json::Value;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 use tokenizers::Tokenizer;
@@ -48,6 +48,8 @@ pub struct Fake {
     pub members: Mutex<Vec<Member>>,
     /// Times it was asked for its status.
     pub statuses: AtomicUsize,
+    /// Milliseconds that its status takes.
+    pub status_takes: AtomicU64,
 }
 
 pub struct Cluster {
@@ -149,6 +151,7 @@ pub async fn serve_fake(script: Script) -> (Arc<Fake>, SocketAddr) {
         left: AtomicUsize::new(0),
         members: Mutex::new(members.to_vec()),
         statuses: AtomicUsize::new(0),
+        status_takes: AtomicU64::new(0),
     });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -186,6 +189,7 @@ impl Router for Shared {
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         self.0.statuses.fetch_add(1, Ordering::SeqCst);
+        tokio::time::sleep(Duration::from_millis(self.0.status_takes.load(Ordering::SeqCst))).await;
         Ok(Response::new(StatusReply {
             members: self.0.members.lock().unwrap().clone(),
             ..StatusReply::default()

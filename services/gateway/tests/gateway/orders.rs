@@ -82,7 +82,7 @@ async fn the_worker_that_is_meant_is_told_with_the_same_token() {
     let told = order(&cluster, "decode-1", TOKEN).await;
     assert_eq!((told.status, told.json()["member"].as_str()), (202, Some("decode-1")), "{}", told.body);
     let [heard] = &worker.heard()[..] else { panic!("{:?}", worker.heard()) };
-    assert!(heard.starts_with("post /drain http/1.1"), "{heard}");
+    assert!(heard.starts_with("post /drain?member=decode-1 http/1.1"), "{heard}");
     assert!(heard.contains(&format!("authorization: bearer {TOKEN}")), "{heard}");
     assert!(!heard.contains("origin:"), "a worker refuses pages: {heard}");
 }
@@ -143,14 +143,28 @@ async fn a_worker_that_cannot_be_reached_or_does_not_answer_is_named() {
     let files = Files::new();
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    for (at, status) in [(gone, 502), (silent.local_addr().unwrap(), 504)] {
+    let breaks_off = Worker::says("", "").await;
+    for (at, status, part) in [
+        (gone, 502, "decode-1 cannot be told at"),
+        (silent.local_addr().unwrap(), 504, "Whether decode-1 was told at"),
+        (breaks_off.at, 502, "Whether decode-1 was told at"),
+    ] {
         let cluster = cluster(at, |config| config.admin_token_file = Some(files.token())).await;
-        let refused = order(&cluster, "decode-1", TOKEN).await;
-        assert_eq!(refused.status, status, "{}", refused.body);
-        assert!(
-            message(&refused).contains(&format!("decode-1 cannot be told at http://{at}")),
-            "{}",
-            refused.body
-        );
+        let failed = order(&cluster, "decode-1", TOKEN).await;
+        assert_eq!(failed.status, status, "{}", failed.body);
+        assert!(message(&failed).starts_with(&format!("{part} http://{at}")), "{}", failed.body);
+        assert_eq!(message(&failed).contains("look at /status"), at != gone, "{}", failed.body);
+    }
+}
+
+#[tokio::test]
+async fn the_status_says_what_a_worker_did_however_much_else_it_says() {
+    let (files, much): (_, &str) = (Files::new(), "x".repeat(5000).leak());
+    for (says, expected) in [("202 Accepted", 202), ("409 Conflict", 502)] {
+        let worker = Worker::says(says, much).await;
+        let cluster = cluster(worker.at, |config| config.admin_token_file = Some(files.token())).await;
+        let told = order(&cluster, "decode-1", TOKEN).await;
+        assert_eq!(told.status, expected, "{}", told.body);
+        assert_eq!(told.body.contains("worker_refused"), expected == 502, "{}", told.body);
     }
 }
