@@ -72,6 +72,13 @@ class Commands:
             deeper = said if flag in said else run([self.binary, *words[:2], "--help"], self.folder)[1]
             assert flag in deeper, f"{command}: {flag} is not in the help of `baton {subcommand}`"
 
+    def openssl(self, command):
+        """Makes a file, here in a folder of the test's own."""
+        file = self.folder / command.split("> ")[1]
+        file.parent.mkdir(parents=True)
+        code, said = run(["bash", "-c", command], self.folder)
+        assert code == 0 and len(file.read_text().strip()) >= 32, f"{command}: {said}"
+
     def docker(self, command):
         words = shlex.split(command)
         file = ROOT / words[words.index("-f") + 1]
