@@ -109,9 +109,12 @@ def worker(engine, name):
     role = name.split("-")[0]
     first = engine.inspect(engine.container(f"{role}-1"))
     arguments = [argument.replace(f"{role}-1", name) for argument in first["Config"]["Cmd"]]
-    mounts = [f"--volume={mount['Source']}:{mount['Destination']}:ro" for mount in first["Mounts"]]
-    flags = [*mounts, "--read-only", "--cap-drop=ALL", "--network=baton_default", f"--network-alias={name}", f"--name=baton_{name}_1"]
+    flags = [*mounts(first), "--read-only", "--cap-drop=ALL", "--network=baton_default", f"--network-alias={name}", f"--name=baton_{name}_1"]
     engine.docker("run", "-d", *flags, BATON, *arguments)
+
+
+def mounts(container):
+    return [f"--volume={mount['Source']}:{mount['Destination']}:ro" for mount in container["Mounts"]]
 
 
 def stop(engine, names):
@@ -162,8 +165,9 @@ def keyed_gateway(engine):
     folder.mkdir()
     (folder / "keys.toml").write_text("\n".join(done.stdout for done in made.values()))
     first = engine.inspect(engine.container("gateway"))
-    flags = ["--read-only", "--cap-drop=ALL", "--network=baton_default", "--name=baton_gateway-keys_1", "-p", "127.0.0.1:8001:8000", "-v", f"{folder}:/keys:ro"]
-    engine.docker("run", "-d", *flags, BATON, *first["Config"]["Cmd"], "--set", "keys.file=/keys/keys.toml")
+    flags = [*mounts(first), "--read-only", "--cap-drop=ALL", "--network=baton_default", "--name=baton_gateway-keys_1"]
+    ours = ["-p", "127.0.0.1:8001:8000", "-v", f"{folder}:/keys:ro"]
+    engine.docker("run", "-d", *flags, *ours, BATON, *first["Config"]["Cmd"], "--set", "keys.file=/keys/keys.toml")
     until("the gateway with keys", lambda: get("http://127.0.0.1:8001/ready")[0] == 200)
     return keys
 
