@@ -194,8 +194,8 @@ fn leave(source: &Memory, name: &str, number: Option<u64>, last: &Member) {
     source.state.send_if_modified(|state| {
         let mine = number.is_some() && state.holders.get(&last.id).copied() == number;
         let removed = mine && state.reached_by(name) && state.records.remove(&last.id).is_some();
-        if removed && last.draining {
-            roster::note_left(&mut state.left, last.id.clone());
+        if removed {
+            roster::note_gone(&mut state.left, last);
         }
         removed
     });

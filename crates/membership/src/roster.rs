@@ -54,7 +54,7 @@ impl Roster {
             let (stay, gone): (Vec<_>, Vec<_>) =
                 std::mem::take(&mut view.members).into_iter().partition(stays);
             view.members = stay;
-            gone.iter().for_each(|member| note(view, member));
+            gone.iter().for_each(|member| note_gone(&mut view.left, member));
             left.into_iter().for_each(|id| note_left(&mut view.left, id));
             let removed = !gone.is_empty();
             let put = members.into_iter().fold(false, |changed, member| put(view, member) | changed);
@@ -125,17 +125,17 @@ pub(crate) fn put(view: &mut View, member: Member) -> bool {
 
 pub(crate) fn remove(view: &mut View, id: &str) -> bool {
     let removed = find(view, id).map(|at| view.members.remove(at));
-    removed.inspect(|member| note(view, member)).is_ok()
+    removed.inspect(|member| note_gone(&mut view.left, member)).is_ok()
 }
 
-/// `member` has gone.
-fn note(view: &mut View, member: &Member) {
+/// `member` has gone, with this as its last record.
+pub(crate) fn note_gone(left: &mut VecDeque<String>, member: &Member) {
     if member.draining {
-        note_left(&mut view.left, member.id.clone());
+        note_left(left, member.id.clone());
     }
 }
 
-pub(crate) fn note_left(left: &mut VecDeque<String>, id: String) {
+fn note_left(left: &mut VecDeque<String>, id: String) {
     if left.contains(&id) {
         return;
     }
