@@ -36,10 +36,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 async fn ask(args: &Args) -> anyhow::Result<String> {
     let client = args.target.client()?;
-    let model = match &args.model {
-        Some(model) => model.clone(),
-        None => first_model(&client).await?,
-    };
+    let model = model(&client, args.model.as_deref()).await?;
     let messages = [json!({"role": "user", "content": args.question})];
     let body = json!({"model": model, "messages": messages, "max_tokens": args.max_tokens, "temperature": 0});
     let response = client.open(Method::POST, "/v1/chat/completions", body.to_string().into()).await?;
@@ -47,7 +44,11 @@ async fn ask(args: &Args) -> anyhow::Result<String> {
     answer(status, &response.into_body().collect().await?.to_bytes())
 }
 
-pub async fn first_model(client: &Client) -> anyhow::Result<String> {
+/// The one that is `asked` for, or the first that the gateway lists.
+pub async fn model(client: &Client, asked: Option<&str>) -> anyhow::Result<String> {
+    if let Some(asked) = asked {
+        return Ok(asked.to_owned());
+    }
     let (status, body) = client.get("/v1/models").await.context("is the cluster up? (baton up)")?;
     if !status.is_success() {
         bail!("/v1/models answered {status}: {}", String::from_utf8_lossy(&body).trim());

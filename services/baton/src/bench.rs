@@ -4,7 +4,7 @@
 mod load;
 mod report;
 
-use crate::{http::Client, target::Target};
+use crate::{ask, http::Client, target::Target};
 use anyhow::bail;
 use clap::Parser;
 use futures::stream::{self, StreamExt};
@@ -83,10 +83,7 @@ fn check(args: &Args) -> anyhow::Result<()> {
 
 async fn measure(args: &Args) -> anyhow::Result<(Vec<Record>, Duration)> {
     let client = args.target.client()?;
-    let model = match &args.model {
-        Some(model) => model.clone(),
-        None => crate::ask::first_model(&client).await?,
-    };
+    let model = ask::model(&client, args.model.as_deref()).await?;
     let plan = Arc::new(Plan::new(args, model));
     drive(&client, &plan, args, 0..args.warmup, 0.0).await;
     let began = Instant::now();
