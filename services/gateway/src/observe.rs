@@ -43,6 +43,8 @@ struct Seen {
 }
 
 const CLIENT_LEFT: u16 = 499;
+/// Refused by a limit of its key.
+const LIMITED: u16 = 429;
 
 impl Observation {
     pub fn new(
@@ -167,6 +169,9 @@ impl Observation {
         let metrics = &self.gateway.metrics;
         metrics.in_flight.dec();
         metrics.count(self.endpoint, record.code);
+        if record.code == LIMITED {
+            return;
+        }
         let exemplar = Exemplar::of(&self.trace);
         metrics.request_seconds.observe(self.start.elapsed().as_secs_f64(), exemplar, None);
         metrics.completion_tokens.inc_by(record.completion_tokens.into());
@@ -233,6 +238,10 @@ impl Drop for Observation {
         let record = self.record(code);
         let first_token = self.seen(|seen| seen.first_token);
         self.count(&record, first_token);
+        // Whoever asks on and on beyond his limit is told so each time, and pushes out nobody's records, fills no log, no trace.
+        if code == LIMITED {
+            return;
+        }
         self.log(&record, first_token);
         self.tell(&record);
         self.gateway.records.keep(record);

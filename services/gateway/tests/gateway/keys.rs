@@ -122,6 +122,27 @@ async fn requests_a_minute_are_exact_and_each_tenant_has_its_own() {
     assert!(page.contains("baton_gateway_limited_total{tenant=\"one\",limit=\"requests\"} 1"), "{page}");
 }
 
+/// The records of as many requests are kept.
+const RECORDS: usize = 256;
+
+#[tokio::test]
+async fn refusals_by_a_limit_push_out_nobodys_record() {
+    let mut keys = Keys::new();
+    let once = Limits { requests_per_minute: Some(1), ..Limits::default() };
+    let (flood, steady) = (keys.add("flood", once, false), keys.add("steady", Limits::default(), false));
+    let cluster = keys.cluster().await;
+    assert_eq!(ask(&cluster, &flood, json!({})).await.status, 200);
+    let asked = ask(&cluster, &steady, json!({})).await;
+    for _ in 0..RECORDS {
+        assert_eq!(ask(&cluster, &flood, json!({})).await.status, 429);
+    }
+    let path = format!("/trace/{}", asked.header("x-request-id").unwrap());
+    assert_eq!(get(cluster.admin, &path).await.status, 200);
+    let page = get(cluster.admin, "/metrics").await.body;
+    let refused = format!("baton_gateway_limited_total{{tenant=\"flood\",limit=\"requests\"}} {RECORDS}");
+    assert!(page.contains(&refused) && page.contains("baton_request_seconds_count 2"), "{page}");
+}
+
 #[tokio::test]
 async fn tokens_are_charged_for_what_may_come_and_given_back_for_what_did_not() {
     let mut keys = Keys::new();
