@@ -50,7 +50,7 @@ proof-model: ## model check the hand-off at larger bounds (minutes, about 1 GB)
 	BATON_PROOF=model cargo test --locked -p handoff --test protocol -- --nocapture --test-threads=1
 
 proof-scale: ## containers under load: decode 2 -> 4 -> 1, prefill 2 -> 0 -> 2, no request lost
-	tests/contained tests/scale.py $(or $(RESULT),target/scale.json)
+	PROFILE=release tests/contained tests/scale.py $(or $(RESULT),target/scale.json)
 
 proof-rdma: ## the hand-off over verbs: protocol, bench and answers in a virtual machine with soft-RoCE (root; a quarter of an hour)
 	bash tests/install nixl && bash tests/install guest
