@@ -6,7 +6,9 @@
 //! A class ages as a whole and not request by request: otherwise the old requests of a tenant that floods
 //! the queue would overtake the fresh ones of its neighbours, and the fair shares would be gone. Shares are
 //! start-time fair queueing: a tenant's account grows by what it takes, and one that comes back starts no
-//! lower than the virtual time, which grows by service divided by the tenants that compete for it.
+//! lower than the virtual time, which grows by service divided by the tenants that compete for it, those of
+//! its class, and never stays behind the account at which a tenant is served: else whoever comes new would
+//! be served alone until it had caught up with the others.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
@@ -18,6 +20,9 @@ pub type Id = u64;
 
 /// Departures over which the rate is measured.
 const RATE_WINDOW: usize = 32;
+
+/// Units of an account to a token, so that a token among many tenants still moves virtual time.
+const UNITS: u64 = 1 << 16;
 
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
@@ -63,7 +68,7 @@ pub struct Queue<T> {
     bounds: Bounds,
     entries: HashMap<Id, Entry<T>>,
     next: Id,
-    /// Tokens taken by each tenant; entries below `virtual_time` may be forgotten.
+    /// What each tenant has taken, in [`UNITS`]; entries below `virtual_time` may be forgotten.
     accounts: HashMap<String, u64>,
     virtual_time: u64,
     departures: VecDeque<Instant>,
@@ -108,14 +113,22 @@ impl<T> Queue<T> {
     /// Takes a request out of the order while a placement is tried, and charges its tenant `cost` uncached
     /// prompt tokens. It keeps its place until [`Queue::admit`] or [`Queue::put_back`].
     pub fn offer(&mut self, id: Id, cost: u64) -> Option<&mut T> {
-        let competing = self.tenants().max(1);
+        let charge = self.charge(&self.entries.get(&id)?.place, cost);
         let entry = self.entries.get_mut(&id)?;
-        let cost = if entry.place.resumed { 0 } else { cost.max(1) };
-        let share = cost / competing as u64;
-        entry.offered = Some(Charge { tenant: cost, virtual_time: share });
-        *self.accounts.entry(entry.place.tenant.clone()).or_default() += cost;
-        self.virtual_time += share;
+        entry.offered = Some(charge);
+        *self.accounts.entry(entry.place.tenant.clone()).or_default() += charge.tenant;
+        self.virtual_time += charge.virtual_time;
         Some(&mut entry.item)
+    }
+
+    fn charge(&self, place: &Place, cost: u64) -> Charge {
+        if place.resumed {
+            return Charge::default();
+        }
+        let cost = cost.max(1).saturating_mul(UNITS);
+        let share = cost / self.tenants(place.priority).max(1) as u64;
+        let start = self.accounts.get(&place.tenant).copied().unwrap_or(0);
+        Charge { tenant: cost, virtual_time: share.max(start.saturating_sub(self.virtual_time)) }
     }
 
     /// The placement was refused: back to where it was, the charge returned.
@@ -181,8 +194,10 @@ impl<T> Queue<T> {
         oldest.into_iter().map(level).collect()
     }
 
-    fn tenants(&self) -> usize {
-        let waiting = self.entries.values().filter(|entry| entry.offered.is_none());
+    /// How many compete for the service of a class.
+    fn tenants(&self, priority: i32) -> usize {
+        let waits = |entry: &&Entry<T>| entry.offered.is_none() && entry.place.priority == priority;
+        let waiting = self.entries.values().filter(waits);
         waiting.map(|entry| entry.place.tenant.as_str()).collect::<HashSet<_>>().len()
     }
 

@@ -15,9 +15,14 @@ fn place(tenant: &str, priority: i32, arrival: Instant) -> Place {
 
 /// Takes the first request out at a cost of 100 tokens.
 fn serve(queue: &mut Queue<u32>, now: Instant) -> Option<u32> {
-    let (id, item) = queue.first(now, |_, _| true)?;
+    serve_if(queue, now, 100, |_| true)
+}
+
+/// Takes the first request that may go out at this cost.
+fn serve_if(queue: &mut Queue<u32>, now: Instant, cost: u64, may: impl Fn(u32) -> bool) -> Option<u32> {
+    let (id, item) = queue.first(now, |_, item| may(*item))?;
     let item = *item;
-    queue.offer(id, 100);
+    queue.offer(id, cost);
     queue.admit(id, now);
     Some(item)
 }
@@ -121,11 +126,11 @@ fn equal_tenants_get_equal_tokens() {
     assert!(long.abs_diff(short) <= 1000, "{long} {short}");
 }
 
-/// Serves `rounds` times while a tenant never seen before joins each time; whether `old` was served.
-fn outlasts_newcomers(queue: &mut Queue<u32>, rounds: u32, now: Instant) -> bool {
+/// Serves `rounds` times at `cost` while a tenant never seen before joins each time; whether `old` was served.
+fn outlasts_newcomers(queue: &mut Queue<u32>, rounds: u32, cost: u64, now: Instant) -> bool {
     (0..rounds).any(|round| {
         queue.push(place(&format!("new{round}"), 0, now + Duration::from_secs(1)), round).unwrap();
-        serve(queue, now + Duration::from_secs(2)) == Some(u32::MAX)
+        serve_if(queue, now + Duration::from_secs(2), cost, |_| true) == Some(u32::MAX)
     })
 }
 
@@ -140,10 +145,74 @@ fn what_a_tenant_had_is_forgiven_in_time_and_idleness_earns_nothing() {
     }
     queue.push(place("idle", 0, now), 0).unwrap();
     queue.push(place("old", 0, now), u32::MAX).unwrap();
-    assert!(outlasts_newcomers(&mut queue, 20, now), "newcomers go first for ever");
+    assert!(outlasts_newcomers(&mut queue, 20, 100, now), "newcomers go first for ever");
     let fresh = place("late", 0, now + AGEING / 2);
     queue.push(fresh, 7).unwrap();
     assert!(queue.accounts["late"] > 0, "a newcomer does not catch up on the past");
+}
+
+/// How many of the next eight served are of a tenant that joins now. Odd items cannot be served.
+fn newcomer_of_eight(queue: &mut Queue<u32>, cost: u64, now: Instant) -> usize {
+    for _ in 0..8 {
+        queue.push(place("new", 0, now), 1000).unwrap();
+    }
+    let served = (0..8).filter_map(|_| serve_if(queue, now, cost, |item| item.is_multiple_of(2)));
+    served.filter(|item| *item == 1000).count()
+}
+
+#[test]
+fn a_newcomer_starts_where_its_class_is_served_whoever_waits_in_another() {
+    let (mut queue, now) = (queue(64), Instant::now());
+    for tenant in 0..9 {
+        queue.push(place(&tenant.to_string(), 10, now), 1).unwrap();
+    }
+    for _ in 0..30 {
+        queue.push(place("busy", 0, now), 2).unwrap();
+    }
+    for _ in 0..20 {
+        assert_eq!(serve(&mut queue, now), Some(2));
+    }
+    let share = newcomer_of_eight(&mut queue, 100, now);
+    assert!((3..=5).contains(&share), "{share} of 8");
+}
+
+#[test]
+fn a_newcomer_starts_where_others_are_served_whoever_cannot_be() {
+    let (mut queue, now) = (queue(64), Instant::now());
+    for tenant in 0..9 {
+        queue.push(place(&tenant.to_string(), 0, now), 1).unwrap();
+    }
+    for _ in 0..30 {
+        queue.push(place("busy", 0, now), 2).unwrap();
+    }
+    for _ in 0..20 {
+        assert_eq!(serve_if(&mut queue, now, 100, |item| item == 2), Some(2));
+    }
+    let share = newcomer_of_eight(&mut queue, 100, now);
+    assert!((3..=5).contains(&share), "{share} of 8");
+}
+
+#[test]
+fn costs_below_the_number_of_tenants_count_too() {
+    let (mut queue, now) = (queue(400), Instant::now());
+    for tenant in (0..10).cycle().take(300) {
+        queue.push(place(&tenant.to_string(), 0, now), 2).unwrap();
+    }
+    for _ in 0..200 {
+        serve_if(&mut queue, now, 1, |_| true);
+    }
+    let share = newcomer_of_eight(&mut queue, 1, now);
+    assert!(share <= 2, "{share} of 8 for one of eleven");
+}
+
+#[test]
+fn newcomers_at_almost_no_cost_do_not_go_first_for_ever() {
+    let (mut queue, now) = (queue(64), Instant::now());
+    queue.push(place("old", 0, now), 0).unwrap();
+    queue.push(place("other", 0, now), 1).unwrap();
+    assert_eq!(serve(&mut queue, now), Some(0));
+    queue.push(place("old", 0, now), u32::MAX).unwrap();
+    assert!(outlasts_newcomers(&mut queue, 200, 1, now), "newcomers go first for ever");
 }
 
 #[test]
