@@ -6,7 +6,7 @@ use crate::{
     cluster::{Cluster, Denied, Grant, Prompt},
     config,
     policy::{Decision, Lack, Wanted, no_members},
-    queue::{Bounds, Full, Id, Place, Queue},
+    queue::{Bounds, Full, Id, Joined, Place, Queue},
 };
 use proto::{Error, ErrorCode};
 use std::{
@@ -94,7 +94,10 @@ impl Admission {
         let (sender, answer) = oneshot::channel();
         let Ask { wanted, prompt, place, timeout, runs } = ask;
         let waiting = Waiting { wanted: wanted.clone(), prompt: prompt.clone(), runs, answer: Some(sender) };
-        let id = self.lock().push(place, waiting).map_err(queue_full)?;
+        let Joined { id, displaced } = self.lock().push(place, waiting).map_err(queue_full)?;
+        if let Some((Waiting { answer: Some(sender), .. }, full)) = displaced {
+            let _ = sender.send(Err(queue_full(full)));
+        }
         self.cluster.wake();
         let now = Instant::now();
         let (admission, deadline) = (self.clone(), now + timeout);

@@ -9,6 +9,11 @@
 //! lower than the virtual time, which grows by service divided by the tenants that compete for it, those of
 //! its class, and never stays behind the account at which a tenant is served: else whoever comes new would
 //! be served alone until it had caught up with the others.
+//!
+//! Room is shared, too. In a full queue a newcomer takes the place of the last request of the tenant that has
+//! most waiting, if its own tenant will still have fewer than that one: nobody can fill the queue for all
+//! others. One more that would only make the newcomer's the larger of the two is refused: whoever waits would
+//! go for whoever comes, and back. What is under trial or was placed before loses no place.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
@@ -36,9 +41,17 @@ pub struct Place {
     pub tenant: String,
     /// Lower first.
     pub priority: i32,
+    /// Since when it waits.
     pub arrival: Instant,
     /// Was placed before: goes first in its class, for nothing, and is never refused for want of room.
     pub resumed: bool,
+}
+
+/// A request has joined, perhaps in the place of another, which is to be told that there was no room.
+#[derive(Debug)]
+pub struct Joined<T> {
+    pub id: Id,
+    pub displaced: Option<(T, Full)>,
 }
 
 /// The queue has no room.
@@ -86,28 +99,62 @@ impl<T> Queue<T> {
         }
     }
 
-    pub fn push(&mut self, place: Place, item: T) -> Result<Id, Full> {
-        if self.entries.len() >= self.bounds.limit && !place.resumed {
-            return Err(Full { limit: self.bounds.limit, predicted_wait: self.predicted_wait() });
+    pub fn push(&mut self, place: Place, item: T) -> Result<Joined<T>, Full> {
+        if self.entries.is_empty() {
+            self.departures.clear();
         }
+        let displaced = self.make_room(&place)?;
         let account = self.accounts.entry(place.tenant.clone()).or_default();
         *account = (*account).max(self.virtual_time);
         self.next += 1;
         self.entries.insert(self.next, Entry { place, offered: None, item });
-        Ok(self.next)
+        Ok(Joined { id: self.next, displaced })
+    }
+
+    /// Of a full queue refuses the newcomer or, if its tenant has less of the queue, another in its stead.
+    fn make_room(&mut self, newcomer: &Place) -> Result<Option<(T, Full)>, Full> {
+        if self.entries.len() < self.bounds.limit || newcomer.resumed {
+            return Ok(None);
+        }
+        let predicted_wait = self.predicted_wait(newcomer.arrival);
+        let full = Full { limit: self.bounds.limit, predicted_wait };
+        let last = self.last_of_largest(newcomer).ok_or(full.clone())?;
+        Ok(self.entries.remove(&last).map(|entry| (entry.item, full)))
+    }
+
+    /// The last waiting request of the tenant that has most, if that is still more than the newcomer's
+    /// tenant will have.
+    fn last_of_largest(&self, newcomer: &Place) -> Option<Id> {
+        let waiting = || self.waiting().filter(|(_, entry)| !entry.place.resumed);
+        let mut held: HashMap<&str, usize> = HashMap::new();
+        for (_, entry) in waiting() {
+            *held.entry(&entry.place.tenant).or_default() += 1;
+        }
+        let levels = self.levels(newcomer.arrival);
+        let order = |(id, entry): &(Id, &Entry<T>)| {
+            (held[entry.place.tenant.as_str()], self.order(*id, &entry.place, &levels))
+        };
+        let (last, entry) = waiting().max_by_key(order)?;
+        let own = held.get(newcomer.tenant.as_str()).copied().unwrap_or(0);
+        (own + 1 < held[entry.place.tenant.as_str()]).then_some(last)
     }
 
     /// The first of the waiting requests that `eligible` accepts.
     pub fn first(&self, now: Instant, eligible: impl Fn(Id, &T) -> bool) -> Option<(Id, &T)> {
         let levels = self.levels(now);
-        let may = |id: Id, entry: &Entry<T>| entry.offered.is_none() && eligible(id, &entry.item);
-        let waiting = self.entries.iter().filter(|(id, entry)| may(**id, entry));
-        let (id, entry) = waiting.min_by_key(|(id, entry)| {
-            let place = &entry.place;
-            let account = self.accounts.get(&place.tenant).copied().unwrap_or(0);
-            (levels[&place.priority], place.priority, !place.resumed, account, place.arrival, **id)
-        })?;
-        Some((*id, &entry.item))
+        let eligible = self.waiting().filter(|(id, entry)| eligible(*id, &entry.item));
+        let (id, entry) = eligible.min_by_key(|(id, entry)| self.order(*id, &entry.place, &levels))?;
+        Some((id, &entry.item))
+    }
+
+    fn waiting(&self) -> impl Iterator<Item = (Id, &Entry<T>)> {
+        self.entries.iter().map(|(id, entry)| (*id, entry)).filter(|(_, entry)| entry.offered.is_none())
+    }
+
+    /// Lower goes first.
+    fn order(&self, id: Id, place: &Place, levels: &HashMap<i32, i64>) -> impl Ord + use<T> {
+        let account = self.accounts.get(&place.tenant).copied().unwrap_or(0);
+        (levels[&place.priority], place.priority, !place.resumed, account, place.arrival, id)
     }
 
     /// Takes a request out of the order while a placement is tried, and charges its tenant `cost` uncached
@@ -171,18 +218,21 @@ impl<T> Queue<T> {
         depths
     }
 
-    /// How long the last in the queue will wait, if departures go on as they were.
-    pub fn predicted_wait(&self) -> Option<Duration> {
-        let (first, last) = (self.departures.front()?, self.departures.back()?);
+    /// How long the last in the queue will wait, if departures go on as they were; when the next is overdue
+    /// already, at the rate that is left.
+    fn predicted_wait(&self, now: Instant) -> Option<Duration> {
+        let (first, last) = (*self.departures.front()?, *self.departures.back()?);
         let gaps = u32::try_from(self.departures.len() - 1).ok().filter(|gaps| *gaps > 0)?;
+        let usual = last.duration_since(first) / gaps;
+        let with_this = now.saturating_duration_since(first) / (gaps + 1);
         let waiting = u32::try_from(self.entries.len()).unwrap_or(u32::MAX);
-        Some((last.duration_since(*first) / gaps).saturating_mul(waiting))
+        Some(usual.max(with_this).saturating_mul(waiting))
     }
 
     /// Level of each class: its priority, less one for each `ageing` that its oldest has waited.
     fn levels(&self, now: Instant) -> HashMap<i32, i64> {
         let mut oldest: HashMap<i32, Instant> = HashMap::new();
-        for entry in self.entries.values().filter(|entry| entry.offered.is_none()) {
+        for (_, entry) in self.waiting() {
             let arrival = oldest.entry(entry.place.priority).or_insert(entry.place.arrival);
             *arrival = entry.place.arrival.min(*arrival);
         }
@@ -196,9 +246,8 @@ impl<T> Queue<T> {
 
     /// How many compete for the service of a class.
     fn tenants(&self, priority: i32) -> usize {
-        let waits = |entry: &&Entry<T>| entry.offered.is_none() && entry.place.priority == priority;
-        let waiting = self.entries.values().filter(waits);
-        waiting.map(|entry| entry.place.tenant.as_str()).collect::<HashSet<_>>().len()
+        let waiting = self.waiting().filter(|(_, entry)| entry.place.priority == priority);
+        waiting.map(|(_, entry)| entry.place.tenant.as_str()).collect::<HashSet<_>>().len()
     }
 
     fn refund(&mut self, tenant: &str, charge: Option<Charge>) {

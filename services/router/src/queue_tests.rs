@@ -37,15 +37,22 @@ fn lower_priority_goes_first_then_arrival() {
     assert_eq!(order, [3, 1, 2, 0]);
 }
 
-#[test]
-fn a_full_queue_says_how_long_it_would_take() {
-    let (mut queue, now) = (queue(2), Instant::now());
+/// Full with two, after three departures, one a second.
+fn full_of_two(now: Instant) -> Queue<u32> {
+    let mut queue = queue(2);
+    queue.push(place("a", 0, now), 0).unwrap();
     for second in 0..3 {
         queue.push(place("a", 0, now), 0).unwrap();
         serve(&mut queue, now + Duration::from_secs(second));
     }
-    queue.push(place("a", 0, now), 0).unwrap();
     queue.push(place("a", 0, now), 1).unwrap();
+    queue
+}
+
+#[test]
+fn a_full_queue_says_how_long_it_would_take() {
+    let now = Instant::now();
+    let mut queue = full_of_two(now);
     let full = queue.push(place("a", 0, now), 2).unwrap_err();
     assert_eq!(full, Full { limit: 2, predicted_wait: Some(Duration::from_secs(2)) });
     let resumed = Place { resumed: true, ..place("a", 0, now + AGEING / 2) };
@@ -54,9 +61,59 @@ fn a_full_queue_says_how_long_it_would_take() {
 }
 
 #[test]
+fn a_departure_that_is_overdue_counts_in_the_rate() {
+    let now = Instant::now();
+    let mut queue = full_of_two(now);
+    let mut predicted = |second| {
+        let place = place("a", 0, now + Duration::from_secs(second));
+        queue.push(place, 2).unwrap_err().predicted_wait
+    };
+    assert_eq!(predicted(3), Some(Duration::from_secs(2)), "the next is due now");
+    assert_eq!(predicted(9), Some(Duration::from_secs(6)), "three gaps in nine seconds");
+}
+
+#[test]
+fn a_quiet_hour_is_not_in_the_rate() {
+    let now = Instant::now();
+    let (mut queue, later) = (full_of_two(now), now + Duration::from_secs(3600));
+    while serve(&mut queue, now + Duration::from_secs(3)).is_some() {}
+    for _ in 0..2 {
+        queue.push(place("a", 0, later), 0).unwrap();
+    }
+    let full = queue.push(place("a", 0, later), 0).unwrap_err();
+    assert_eq!(full.predicted_wait, None, "nothing has left since");
+    for millis in 0..2 {
+        serve(&mut queue, later + Duration::from_millis(millis));
+        queue.push(place("a", 0, later), 0).unwrap();
+    }
+    let full = queue.push(place("a", 0, later), 0).unwrap_err();
+    assert_eq!(full.predicted_wait, Some(Duration::from_millis(2)));
+}
+
+#[test]
+fn a_full_queue_makes_room_for_a_tenant_that_has_less_of_it() {
+    let (mut queue, now) = (queue(7), Instant::now());
+    let at = |priority, millis| place("flood", priority, now + Duration::from_millis(millis));
+    for (item, priority) in [(0, 1), (1, 1), (2, 0), (3, 0), (4, 0)] {
+        queue.push(at(priority, item), item as u32).unwrap();
+    }
+    queue.push(Place { resumed: true, ..at(1, 8) }, 5).unwrap();
+    let under_trial = queue.push(at(1, 9), 6).unwrap().id;
+    queue.offer(under_trial, 100);
+    let full = Full { limit: 7, predicted_wait: None };
+    let mut push = |tenant| Ok(queue.push(place(tenant, 0, now + AGEING / 2), 10)?.displaced);
+    assert_eq!(push("flood"), Err(full.clone()), "nobody displaces himself");
+    assert_eq!(push("quiet"), Ok(Some((1, full.clone()))), "the last of the lowest class");
+    assert_eq!(push("quiet"), Ok(Some((0, full.clone()))));
+    assert_eq!(push("quiet"), Err(full.clone()), "two and three: another would only turn them round");
+    assert_eq!(push("third"), Ok(Some((4, full))));
+    assert_eq!(queue.entries.len(), 7);
+}
+
+#[test]
 fn a_refused_placement_keeps_its_place_and_its_tenant_pays_nothing() {
     let (mut queue, now) = (queue(8), Instant::now());
-    let first = queue.push(place("a", 0, now), 0).unwrap();
+    let first = queue.push(place("a", 0, now), 0).unwrap().id;
     queue.push(place("a", 0, now + Duration::from_millis(1)), 1).unwrap();
     queue.push(place("b", 0, now + Duration::from_millis(2)), 2).unwrap();
     queue.offer(first, 1_000_000);
@@ -72,7 +129,7 @@ fn a_refused_placement_keeps_its_place_and_its_tenant_pays_nothing() {
 #[test]
 fn who_leaves_while_a_placement_is_tried_owes_nothing() {
     let (mut queue, now) = (queue(8), Instant::now());
-    let first = queue.push(place("a", 0, now), 0).unwrap();
+    let first = queue.push(place("a", 0, now), 0).unwrap().id;
     queue.offer(first, 1_000_000);
     queue.remove(first);
     queue.push(place("b", 0, now + Duration::from_millis(1)), 2).unwrap();
@@ -83,7 +140,7 @@ fn who_leaves_while_a_placement_is_tried_owes_nothing() {
 #[test]
 fn refused_placements_do_not_set_newcomers_back() {
     let (mut queue, now) = (queue(8), Instant::now());
-    let first = queue.push(place("a", 0, now), 0).unwrap();
+    let first = queue.push(place("a", 0, now), 0).unwrap().id;
     queue.push(place("a", 0, now), 1).unwrap();
     for _ in 0..100 {
         queue.offer(first, 1000);
@@ -252,7 +309,10 @@ proptest! {
         for (what, priority, tenant) in steps {
             match what {
                 0 | 1 => match queue.push(place(&tenant.to_string(), priority, now), entered) {
-                    Ok(_) => entered += 1,
+                    Ok(joined) => {
+                        entered += 1;
+                        left += u32::from(joined.displaced.is_some());
+                    },
                     Err(full) => prop_assert_eq!((queue.entries.len(), full.limit), (10, 10)),
                 },
                 2 => if let Some((id, _)) = queue.first(now, |_, _| true) {
@@ -265,6 +325,7 @@ proptest! {
                 },
             }
             prop_assert!(queue.entries.len() <= 10);
+            prop_assert!(offered.iter().all(|id| queue.entries.contains_key(id)), "displaced under trial");
             prop_assert_eq!(queue.entries.len() as u32, entered - left);
             prop_assert_eq!(queue.depths().values().sum::<u32>() as usize, queue.entries.len());
         }

@@ -2,7 +2,7 @@
 
 use crate::fakes::{Bench, DecodeScript as D, PrefillScript as P, collect, config, request};
 use futures::StreamExt;
-use proto::{ErrorCode, Role, generate_event::Event};
+use proto::{ErrorCode, GenerateRequest, Role, generate_event::Event};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
@@ -343,6 +343,30 @@ async fn a_full_cluster_keeps_requests_in_order_and_a_full_queue_says_so() {
         collect(events).await.is_whole(prompt, OUTPUT);
     }
     assert_eq!(decodes(&bench).iter().map(|(_, tokens)| *tokens).collect::<Vec<_>>(), [10, 10, 11]);
+    bench.quiet().await;
+}
+
+#[tokio::test]
+async fn who_loses_its_place_in_a_full_queue_to_another_tenant_hears_it() {
+    let mut narrow = config();
+    (narrow.running, narrow.queue.limit) = (1, 2);
+    let bench = Bench::start(narrow, &PAIR).await;
+    bench.script(&[], &[P::Busy]);
+    let mut blocking = bench.ask(request(PROMPT, OUTPUT)).await.unwrap();
+    while !matches!(blocking.next().await.unwrap().unwrap().event.unwrap(), Event::Started(_)) {}
+    let mut waiting = Vec::new();
+    for tenant in ["flood", "flood", "quiet"] {
+        let request = GenerateRequest { tenant: tenant.into(), ..request(PROMPT, OUTPUT) };
+        waiting.push(bench.ask(request).await.unwrap());
+        sleep(Duration::from_millis(20)).await;
+    }
+    let displaced = collect(waiting.remove(1)).await;
+    assert_eq!(displaced.code(), ErrorCode::QueueFull);
+    assert_eq!(bench.shared.admission.depths()[&0], 2);
+    drop(blocking);
+    for events in waiting {
+        collect(events).await.is_whole(PROMPT, OUTPUT);
+    }
     bench.quiet().await;
 }
 
