@@ -164,8 +164,11 @@ impl Life {
     /// Joins the queue; `pinned`: for a prefill member that suits this decode member.
     pub fn queue(&self, pinned: Option<&str>) -> Result<Ticket, Error> {
         let wanted = self.wanted(pinned);
-        let place = Place { resumed: self.place.resumed || pinned.is_some(), ..self.place.clone() };
         let runs = self.permit.is_some();
+        let resumed = self.place.resumed || pinned.is_some();
+        // One that ran has not waited meanwhile.
+        let arrival = if runs { Instant::now() } else { self.place.arrival };
+        let place = Place { resumed, arrival, ..self.place.clone() };
         let prompt = Arc::new(Prompt::new(&self.path.sequence().tokens));
         self.shared.admission.join(Ask { wanted, prompt, place, timeout: self.timeout, runs })
     }

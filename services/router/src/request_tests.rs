@@ -1,10 +1,18 @@
 //! A request against scripted workers: every token exactly once, every call ended, every credit returned.
 
-use crate::fakes::{Bench, DecodeScript as D, PrefillScript as P, collect, config, request};
+use super::Life;
+use crate::{
+    admission::Ticket,
+    config::ms,
+    fakes::{Bench, DecodeScript as D, PrefillScript as P, collect, config, request},
+};
 use futures::StreamExt;
-use proto::{ErrorCode, GenerateRequest, Role, generate_event::Event};
-use std::time::Duration;
-use tokio::time::{Instant, sleep};
+use proto::{ErrorCode, GenerateRequest, Role, Sequence, generate_event::Event};
+use std::{sync::Arc, time::Duration};
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time::{Instant, advance, sleep},
+};
 
 const PAIR: [(&str, Role); 2] = [("p1", Role::Prefill), ("d1", Role::Decode)];
 const TWO_PAIRS: [(&str, Role); 4] =
@@ -368,6 +376,36 @@ async fn who_loses_its_place_in_a_full_queue_to_another_tenant_hears_it() {
         collect(events).await.is_whole(PROMPT, OUTPUT);
     }
     bench.quiet().await;
+}
+
+/// A place in the queue for a request of this class that comes now, and has run for `ran` when it joins.
+async fn ticket(bench: &Bench, priority: i32, ran: Option<Duration>) -> Ticket {
+    let mut request = request(PROMPT, OUTPUT);
+    let sequence = Sequence { priority, ..request.sequence.take().unwrap() };
+    let trace = bench.shared.spans.context(None);
+    let mut life = Life::new(bench.shared.clone(), request, sequence, mpsc::channel(1).0, trace);
+    if let Some(ran) = ran {
+        life.permit = Arc::new(Semaphore::new(1)).try_acquire_owned().ok();
+        life.place.resumed = true;
+        advance(ran).await;
+    }
+    life.queue(None).unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_that_a_moved_sequence_ran_does_not_age_its_class() {
+    let mut narrow = config();
+    narrow.prefill.requests = 1;
+    let ran = ms(narrow.queue.ageing_ms) * 10;
+    let bench = Bench::start(narrow, &PAIR).await;
+    bench.view(&[]);
+    let mut moved = ticket(&bench, 1, Some(ran)).await;
+    let mut urgent = ticket(&bench, 0, None).await;
+    bench.view(&bench.members);
+    tokio::select! {
+        _ = moved.offer() => panic!("the moved one overtakes a higher class"),
+        offer = urgent.offer() => assert!(offer.is_ok()),
+    }
 }
 
 #[tokio::test]
