@@ -20,6 +20,7 @@ mod queue;
 mod request;
 mod serve;
 mod service;
+mod shares;
 mod status;
 
 pub use config::{Config, Liveness, Members, Pools, Prefill, Queue};

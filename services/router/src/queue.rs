@@ -5,16 +5,14 @@
 //!
 //! A class ages as a whole and not request by request: otherwise the old requests of a tenant that floods
 //! the queue would overtake the fresh ones of its neighbours, and the fair shares would be gone. Shares are
-//! start-time fair queueing: a tenant's account grows by what it takes, and one that comes back starts no
-//! lower than the virtual time, which grows by service divided by the tenants that compete for it, those of
-//! its class, and never stays behind the account at which a tenant is served: else whoever comes new would
-//! be served alone until it had caught up with the others.
+//! of a class: what a tenant has had of one says nothing about who waited longest for another.
 //!
 //! Room is shared, too. In a full queue a newcomer takes the place of the last request of the tenant that has
 //! most waiting, if its own tenant will still have fewer than that one: nobody can fill the queue for all
 //! others. One more that would only make the newcomer's the larger of the two is refused: whoever waits would
 //! go for whoever comes, and back. What is under trial or was placed before loses no place.
 
+use crate::shares::{Charge, Shares};
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
     time::Duration,
@@ -25,9 +23,6 @@ pub type Id = u64;
 
 /// Departures over which the rate is measured.
 const RATE_WINDOW: usize = 32;
-
-/// Units of an account to a token, so that a token among many tenants still moves virtual time.
-const UNITS: u64 = 1 << 16;
 
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
@@ -69,21 +64,12 @@ struct Entry<T> {
     item: T,
 }
 
-/// To be returned if the placement is refused.
-#[derive(Clone, Copy, Default)]
-struct Charge {
-    tenant: u64,
-    /// By how much virtual time grew.
-    virtual_time: u64,
-}
-
 pub struct Queue<T> {
     bounds: Bounds,
     entries: HashMap<Id, Entry<T>>,
     next: Id,
-    /// What each tenant has taken, in [`UNITS`]; entries below `virtual_time` may be forgotten.
-    accounts: HashMap<String, u64>,
-    virtual_time: u64,
+    /// By priority class.
+    shares: HashMap<i32, Shares>,
     departures: VecDeque<Instant>,
 }
 
@@ -93,8 +79,7 @@ impl<T> Queue<T> {
             bounds,
             entries: HashMap::new(),
             next: 0,
-            accounts: HashMap::new(),
-            virtual_time: 0,
+            shares: HashMap::new(),
             departures: VecDeque::new(),
         }
     }
@@ -104,8 +89,7 @@ impl<T> Queue<T> {
             self.departures.clear();
         }
         let displaced = self.make_room(&place)?;
-        let account = self.accounts.entry(place.tenant.clone()).or_default();
-        *account = (*account).max(self.virtual_time);
+        self.shares.entry(place.priority).or_default().join(&place.tenant);
         self.next += 1;
         self.entries.insert(self.next, Entry { place, offered: None, item });
         Ok(Joined { id: self.next, displaced })
@@ -153,37 +137,28 @@ impl<T> Queue<T> {
 
     /// Lower goes first.
     fn order(&self, id: Id, place: &Place, levels: &HashMap<i32, i64>) -> impl Ord + use<T> {
-        let account = self.accounts.get(&place.tenant).copied().unwrap_or(0);
+        let account = self.shares.get(&place.priority).map_or(0, |shares| shares.account(&place.tenant));
         (levels[&place.priority], place.priority, !place.resumed, account, place.arrival, id)
     }
 
     /// Takes a request out of the order while a placement is tried, and charges its tenant `cost` uncached
     /// prompt tokens. It keeps its place until [`Queue::admit`] or [`Queue::put_back`].
     pub fn offer(&mut self, id: Id, cost: u64) -> Option<&mut T> {
-        let charge = self.charge(&self.entries.get(&id)?.place, cost);
+        let competing = self.tenants(self.entries.get(&id)?.place.priority);
         let entry = self.entries.get_mut(&id)?;
+        let Place { tenant, priority, resumed, .. } = &entry.place;
+        let shares = self.shares.entry(*priority).or_default();
+        let charge = if *resumed { Charge::default() } else { shares.charge(tenant, cost, competing) };
         entry.offered = Some(charge);
-        *self.accounts.entry(entry.place.tenant.clone()).or_default() += charge.tenant;
-        self.virtual_time += charge.virtual_time;
         Some(&mut entry.item)
-    }
-
-    fn charge(&self, place: &Place, cost: u64) -> Charge {
-        if place.resumed {
-            return Charge::default();
-        }
-        let cost = cost.max(1).saturating_mul(UNITS);
-        let share = cost / self.tenants(place.priority).max(1) as u64;
-        let start = self.accounts.get(&place.tenant).copied().unwrap_or(0);
-        Charge { tenant: cost, virtual_time: share.max(start.saturating_sub(self.virtual_time)) }
     }
 
     /// The placement was refused: back to where it was, the charge returned.
     pub fn put_back(&mut self, id: Id, item: T) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.item = item;
-        let (tenant, charge) = (entry.place.tenant.clone(), entry.offered.take());
-        self.refund(&tenant, charge);
+        let (place, charge) = (entry.place.clone(), entry.offered.take());
+        self.refund(&place, charge);
     }
 
     /// The request is placed and leaves.
@@ -201,7 +176,7 @@ impl<T> Queue<T> {
     /// The request has ended unplaced, and leaves; what an offer under trial has cost is returned.
     pub fn remove(&mut self, id: Id) {
         let Some(entry) = self.entries.remove(&id) else { return };
-        self.refund(&entry.place.tenant, entry.offered);
+        self.refund(&entry.place, entry.offered);
         self.forget_accounts();
     }
 
@@ -250,25 +225,32 @@ impl<T> Queue<T> {
         waiting.map(|(_, entry)| entry.place.tenant.as_str()).collect::<HashSet<_>>().len()
     }
 
-    fn refund(&mut self, tenant: &str, charge: Option<Charge>) {
-        let charge = charge.unwrap_or_default();
-        self.virtual_time = self.virtual_time.saturating_sub(charge.virtual_time);
-        if let Some(account) = self.accounts.get_mut(tenant) {
-            *account = account.saturating_sub(charge.tenant);
+    fn refund(&mut self, place: &Place, charge: Option<Charge>) {
+        if let (Some(charge), Some(shares)) = (charge, self.shares.get_mut(&place.priority)) {
+            shares.refund(&place.tenant, charge);
         }
     }
 
     /// Keeps the accounts bounded: those that a returning tenant would be lifted above anyway go first.
     fn forget_accounts(&mut self) {
-        if self.accounts.len() <= 4 * self.bounds.limit {
-            return;
+        for all in [false, true] {
+            if self.accounts() > 4 * self.bounds.limit {
+                self.forget_absent(all);
+            }
         }
-        let present: HashSet<&str> = self.entries.values().map(|entry| entry.place.tenant.as_str()).collect();
-        let floor = self.virtual_time;
-        self.accounts.retain(|tenant, account| present.contains(tenant.as_str()) || *account > floor);
-        if self.accounts.len() > 4 * self.bounds.limit {
-            self.accounts.retain(|tenant, _| present.contains(tenant.as_str()));
-        }
+    }
+
+    fn accounts(&self) -> usize {
+        self.shares.values().map(Shares::len).sum()
+    }
+
+    fn forget_absent(&mut self, all: bool) {
+        let places = self.entries.values().map(|entry| &entry.place);
+        let present: HashSet<_> = places.map(|place| (place.priority, place.tenant.as_str())).collect();
+        self.shares.retain(|priority, shares| {
+            shares.forget(all, |tenant| present.contains(&(*priority, tenant)));
+            shares.len() > 0
+        });
     }
 }
 
