@@ -2,7 +2,8 @@
 
 use crate::client::{Live, get};
 use crate::fake::{Act, Cluster, answer, chat, completion, encode, endless, finished, started, tokens};
-use proto::FinishReason;
+use proto::generate_event::Event;
+use proto::{FinishReason, TokenLogprob};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -192,6 +193,39 @@ async fn stopping_lets_answers_end_and_cuts_the_rest() {
     long.finish().await;
     assert!(long.reply().body.contains("\"server_overloaded\""), "{}", long.reply().body);
     cluster.left(1).await;
+}
+
+/// Some 100 KB of events.
+fn wide(request: &proto::GenerateRequest) -> Vec<Act> {
+    let top = (0..1000).map(|token| TokenLogprob { token, logprob: -1.0, rank: 1 }).collect::<Vec<_>>();
+    let mut events = tokens(request, &[50; 10]);
+    for event in &mut events {
+        if let Act::Say(Event::Token(token)) = event {
+            token.top.clone_from(&top);
+        }
+    }
+    [vec![started()], events, vec![Act::Hang]].concat()
+}
+
+/// 300 streams: more than there would be room for in 16 MiB, be it for the window of each or for all they have to say.
+#[tokio::test]
+async fn streams_that_nobody_reads_hold_up_nobody_else() {
+    let configure =
+        |config: &mut gateway::Config| (config.limits.choices, config.limits.sequences) = (300, 300);
+    let script = |request: &proto::GenerateRequest| match marked(request) {
+        true => answer(request, "yes"),
+        false => wide(request),
+    };
+    let cluster = Cluster::with(script, configure).await;
+    let body = completion(json!({"stream": true, "logprobs": 5, "n": 300}));
+    let _never_read = Live::post(cluster.http, "/v1/completions", &body).await;
+    while cluster.fake.asked.lock().unwrap().len() < 300 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let other = timeout(Duration::from_secs(5), cluster.complete(json!({"max_tokens": 1}))).await;
+    let other = other.expect("its tokens wait for streams that nobody reads");
+    assert_eq!(other.status, 200, "{}", other.body);
 }
 
 #[tokio::test]
