@@ -81,6 +81,10 @@ class Commands:
 
     def docker(self, command):
         words = shlex.split(command)
+        if words[1] in ("tag", "push"):
+            version = yaml.safe_load((ROOT / "helm/Chart.yaml").read_text())["appVersion"]
+            assert words[-1] == f"REGISTRY/baton:{version}", f"{command}: the chart takes {version}"
+            return
         file = ROOT / words[words.index("-f") + 1]
         if words[1] == "build":
             target = words[words.index("--target") + 1]

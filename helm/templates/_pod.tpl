@@ -86,7 +86,8 @@ readinessProbe:
   failureThreshold: 2
 {{- end -}}
 
-{{/* (dict "root" $ "name" "x" "component" "router" "pool" "" "budget" settings) */}}
+{{/* (dict "root" $ "name" "x" "component" "router" "pool" "" "budget" settings). Who sets minAvailable still has the default of the other, and
+a budget cannot have both. */}}
 {{- define "baton.disruptionBudget" -}}
 apiVersion: policy/v1
 kind: PodDisruptionBudget
@@ -96,7 +97,7 @@ metadata:
   labels:
     {{- include "baton.labels" . | nindent 4 }}
 spec:
-  {{- toYaml .budget | nindent 2 }}
+  {{- toYaml (ternary (pick .budget "minAvailable") .budget (hasKey .budget "minAvailable")) | nindent 2 }}
   unhealthyPodEvictionPolicy: AlwaysAllow
   selector:
     matchLabels:

@@ -1,10 +1,14 @@
 {{/* Pools of workers. A pool is what .Values.workers says, overridden by its own settings. */}}
 
-{{/* Every pool by name, as JSON. */}}
+{{/* Every pool by name, as JSON. What names one thing of several is replaced whole. */}}
 {{- define "baton.pools" -}}
 {{- $pools := dict -}}
 {{- range $name, $own := .Values.pools -}}
-{{- $_ := set $pools $name (mergeOverwrite (deepCopy $.Values.workers) (deepCopy $own)) -}}
+{{- $pool := mergeOverwrite (deepCopy $.Values.workers) (deepCopy $own) -}}
+{{- range $whole := list "disruptionBudget" "modelVolume" -}}
+{{- if hasKey $own $whole }}{{ $_ := set $pool $whole (index $own $whole) }}{{ end -}}
+{{- end -}}
+{{- $_ := set $pools $name $pool -}}
 {{- end -}}
 {{- toJson $pools -}}
 {{- end -}}

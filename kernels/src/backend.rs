@@ -196,16 +196,24 @@ pub trait Backend: Weights {
     fn between(&mut self, from: &Self::Mark, to: &Self::Mark) -> Result<f32, Error>;
 
     /// Copies out the first `rows` tokens of every layer of a block, after everything enqueued so far, with the digest that
-    /// the device finds there.
-    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>);
+    /// the device finds there. What is wrong with this block alone is said in the reply; an error returned, here and below,
+    /// means that the device is lost.
+    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) -> Result<(), Error>;
 
     /// Copies `payload` into a block, after everything enqueued so far and before what is enqueued later. Replies with
     /// [`kv::KvError::Damaged`] if the device finds another digest where it landed.
-    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>);
+    fn kv_write(
+        &mut self,
+        block: BlockId,
+        rows: u32,
+        payload: Payload,
+        reply: Reply<()>,
+    ) -> Result<(), Error>;
 
     /// The digest of what lies in the first `rows` tokens of every layer of a block, after everything enqueued so far.
-    fn kv_digest(&mut self, _block: BlockId, _rows: u32, reply: Reply<Digest>) {
+    fn kv_digest(&mut self, _block: BlockId, _rows: u32, reply: Reply<Digest>) -> Result<(), Error> {
         let _ = reply.send(Err(KvError::NoRegion("this backend gives digests only with the bytes")));
+        Ok(())
     }
 
     /// Where the pool lies, if transports may reach it without the backend; it stays there once its size is set.

@@ -253,12 +253,18 @@ impl<B: Backend> Backend for Timed<B> {
         self.inner.between(from, to)
     }
 
-    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) {
-        self.inner.kv_read(block, rows, reply);
+    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) -> Result<(), Error> {
+        self.inner.kv_read(block, rows, reply)
     }
 
-    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
-        self.inner.kv_write(block, rows, payload, reply);
+    fn kv_write(
+        &mut self,
+        block: BlockId,
+        rows: u32,
+        payload: Payload,
+        reply: Reply<()>,
+    ) -> Result<(), Error> {
+        self.inner.kv_write(block, rows, payload, reply)
     }
 
     fn fail(&mut self) -> Result<(), Error> {

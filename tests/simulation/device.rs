@@ -109,6 +109,25 @@ struct Memory {
 }
 
 impl Memory {
+    /// What hangs copies nothing either, and all of it when it goes on.
+    fn moving<T: Send + 'static>(
+        &self,
+        copy: impl FnOnce(&dyn KvMemory) -> Transfer<T> + Send + 'static,
+    ) -> Transfer<T> {
+        if !*self.controls.hung.borrow() {
+            return copy(&*self.memory);
+        }
+        let (memory, mut hung) = (self.memory.clone(), self.controls.hung.subscribe());
+        let (reply, copied) = kv::transfer();
+        tokio::spawn(async move {
+            let goes_on = hung.wait_for(|hung| !hung).await.is_ok();
+            if goes_on && let Ok(result) = copy(&*memory).await {
+                let _ = reply.send(result);
+            }
+        });
+        copied
+    }
+
     fn once_in(&self, n: u64) -> bool {
         n > 0 && self.chance.lock().unwrap_or_else(PoisonError::into_inner).once_in(n)
     }
@@ -124,7 +143,7 @@ impl KvMemory for Memory {
     }
 
     fn read(&self, block: BlockId, rows: u32, after: StepId) -> Transfer<Payload> {
-        let whole = self.memory.read(block, rows, after);
+        let whole = self.moving(move |memory| memory.read(block, rows, after));
         if !self.once_in(self.controls.damage) {
             return whole;
         }
@@ -153,7 +172,7 @@ impl KvMemory for Memory {
                 std::mem::forget(reply);
                 never
             }
-            _ => self.memory.write(block, rows, payload, after),
+            _ => self.moving(move |memory| memory.write(block, rows, payload, after)),
         }
     }
 }

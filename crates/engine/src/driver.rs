@@ -102,7 +102,8 @@ impl<E: Executor> Driver<E> {
                 biased;
                 () = wake.notified() => self.core.sweep(),
                 command = self.commands.recv(), if self.open => self.obey_all(command),
-                output = self.executor.collect(), if self.core.in_flight() > 0 => {
+                // With nothing in flight as well: a device that is lost meanwhile says so here.
+                output = self.executor.collect() => {
                     let record = self.core.collect(output?)?;
                     if let Some(on_step) = &self.config.on_step {
                         on_step(record);

@@ -36,7 +36,7 @@ pub trait Executor: Send + 'static {
     /// Enqueues a step and returns its number (1, 2, …) without waiting.
     fn submit(&mut self, step: StepInput) -> Result<StepId, ExecutorError>;
 
-    /// The oldest uncollected step. Pending for ever when none is in flight; cancel-safe.
+    /// The oldest uncollected step. Pending when none is in flight, unless the device is lost meanwhile; cancel-safe.
     fn collect(&mut self) -> impl Future<Output = Result<StepOutput, ExecutorError>> + Send;
 
     /// The bytes of the block pool, ordered against the steps of this executor.

@@ -106,6 +106,7 @@ impl<B: Backend> Device<B> {
 
     fn serve(&mut self, commands: &Receiver<Command>) -> Result<(), ExecutorError> {
         loop {
+            self.finish_done()?;
             let command = match self.flying.is_empty() {
                 true => commands.recv().map_err(|_| TryRecvError::Disconnected),
                 false => commands.try_recv(),
@@ -125,7 +126,7 @@ impl<B: Backend> Device<B> {
             Command::Write(block, rows, payload, reply) => self.runner.kv_write(block, rows, payload, reply),
             Command::Digest(block, rows, reply) => self.runner.kv_digest(block, rows, reply),
         }
-        Ok(())
+        .map_err(|error| ExecutorError(format!("KV blocks cannot be copied: {error}")))
     }
 
     /// What is done already, as every step of a CPU is, is answered before anything else is taken.
@@ -139,11 +140,15 @@ impl<B: Backend> Device<B> {
             failed_in(step, &format_args!("{error} (of {entries} sequences, {tokens} tokens)"))
         })?;
         self.flying.push_back((step, launched, began));
-        while let Some((_, oldest, _)) = self.flying.front() {
-            let full = self.flying.len() >= ModelExecutor::IN_FLIGHT;
-            if !full && !self.runner.is_done(oldest) {
-                break;
-            }
+        if self.flying.len() >= ModelExecutor::IN_FLIGHT {
+            self.finish_oldest()?;
+        }
+        self.finish_done()
+    }
+
+    /// However many blocks wait to be copied: the engine does not wait for them.
+    fn finish_done(&mut self) -> Result<(), ExecutorError> {
+        while self.flying.front().is_some_and(|(_, oldest, _)| self.runner.is_done(oldest)) {
             self.finish_oldest()?;
         }
         Ok(())

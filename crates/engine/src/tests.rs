@@ -85,6 +85,33 @@ impl Executor for Watched {
     }
 }
 
+/// Is lost when it is told so, whatever runs.
+struct Losing {
+    executor: SimExecutor,
+    lost: tokio::sync::watch::Receiver<bool>,
+}
+
+impl Executor for Losing {
+    fn submit(&mut self, step: StepInput) -> Result<StepId, ExecutorError> {
+        self.executor.submit(step)
+    }
+
+    async fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        tokio::select! {
+            output = self.executor.collect() => output,
+            _ = self.lost.wait_for(|lost| *lost) => Err(ExecutorError("no copy can be enqueued".to_owned())),
+        }
+    }
+
+    fn kv_memory(&self) -> Arc<dyn KvMemory> {
+        self.executor.kv_memory()
+    }
+
+    fn limits(&self) -> Limits {
+        self.executor.limits()
+    }
+}
+
 fn role(role: Role) -> EngineConfig {
     EngineConfig { role, max_sequences: 8, max_step_tokens: 16, ..EngineConfig::default() }
 }

@@ -4,6 +4,10 @@
 use crate::direct::{Piece, Pool};
 use futures::{FutureExt, future::BoxFuture};
 use kv::{BlockId, Digest, KvError, Payload, Pieces, StepId, Transfer};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU8, Ordering::SeqCst},
+};
 
 /// Completes when nothing of it writes any more.
 pub(crate) type Landing = BoxFuture<'static, Result<(), KvError>>;
@@ -15,13 +19,44 @@ pub(crate) struct Place {
     pub digest: Digest,
 }
 
+/// How far a read of another worker's memory is: before and after it this worker's own device is what it waits for.
+#[derive(Clone, Default)]
+pub(crate) struct Reading(Arc<AtomicU8>);
+
+const BEFORE: u8 = 0;
+const UNDER_WAY: u8 = 1;
+const AFTER: u8 = 2;
+const GIVEN_UP: u8 = 3;
+
+impl Reading {
+    /// Whether it waits for the other worker. If it has not begun, it never will: nobody would watch it any more.
+    pub fn give_up(&self) -> bool {
+        self.0.compare_exchange(BEFORE, GIVEN_UP, SeqCst, SeqCst) == Err(UNDER_WAY)
+    }
+
+    fn begin(&self) -> Result<(), KvError> {
+        let given_up = |_| KvError::Unreachable("it was given up before it began".into());
+        self.0.compare_exchange(BEFORE, UNDER_WAY, SeqCst, SeqCst).map(drop).map_err(given_up)
+    }
+
+    fn end(&self) {
+        self.0.store(AFTER, SeqCst);
+    }
+}
+
 pub(crate) fn copy(pool: &Pool, to: Place, bytes: Pieces, after: StepId) -> Landing {
     let payload = Payload { bytes, digest: to.digest };
     landed(pool.memory.write(to.block, to.rows, payload, after)).boxed()
 }
 
 /// From `address` in the memory of `origin`, once the steps up to `after` have left the block alone.
-pub(crate) fn fetch(pool: &Pool, to: Place, origin: proto::Origin, address: usize, after: StepId) -> Landing {
+pub(crate) fn fetch(
+    pool: &Pool,
+    to: Place,
+    (origin, reading): (proto::Origin, Reading),
+    address: usize,
+    after: StepId,
+) -> Landing {
     let Some((direct, region)) = pool.direct.clone() else {
         return async { Err(KvError::Unreachable("no transport that reads is open".into())) }.boxed();
     };
@@ -34,7 +69,10 @@ pub(crate) fn fetch(pool: &Pool, to: Place, origin: proto::Origin, address: usiz
     let pieces = pieces.collect();
     async move {
         landed(memory.digest(to.block, 0, after)).await?;
-        landed(direct.read(&origin, pieces)).await?;
+        reading.begin()?;
+        let read = landed(direct.read(&origin, pieces)).await;
+        reading.end();
+        read?;
         landed(memory.digest(to.block, to.rows, after)).await?.expect(to.digest)
     }
     .boxed()

@@ -5,7 +5,7 @@
 use crate::{
     digest::Binding,
     direct::Pool,
-    landing::{self, Landing, Place},
+    landing::{self, Landing, Place, Reading},
     receiver::{Action, Answer, Event, Patience, Receiver, Reply, State},
     replies::Replies,
 };
@@ -97,7 +97,7 @@ pub struct Incoming {
     /// Where its offers lie.
     origin: Option<proto::Origin>,
     /// Where blocks that are being written are read from.
-    reading: HashMap<u32, proto::Origin>,
+    reading: HashMap<u32, (proto::Origin, Reading)>,
     writes: FuturesUnordered<Write>,
     commit: Option<proto::Commit>,
     /// Why the block last spoiled did.
@@ -315,8 +315,9 @@ impl Incoming {
         let after = (self.after)();
         match (offer.address, &self.origin) {
             (Some(address), Some(origin)) => {
-                self.reading.insert(index, origin.clone());
-                landing::fetch(&self.pool, place, origin.clone(), address as usize, after)
+                let (origin, reading) = (origin.clone(), Reading::default());
+                self.reading.insert(index, (origin.clone(), reading.clone()));
+                landing::fetch(&self.pool, place, (origin, reading), address as usize, after)
             }
             _ => landing::copy(&self.pool, place, payload, after),
         }
@@ -366,7 +367,9 @@ impl Incoming {
     fn sever(&mut self, index: u32) {
         self.received.overdue += 1;
         let patience = self.plan.patience.landing;
-        if let (Some(origin), Some((direct, _))) = (self.reading.get(&index), &self.pool.direct) {
+        if let (Some((origin, reading)), Some((direct, _))) = (self.reading.get(&index), &self.pool.direct)
+            && reading.give_up()
+        {
             tracing::warn!(
                 index,
                 ?patience,

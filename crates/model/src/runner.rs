@@ -114,19 +114,35 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.randomize_pool(random)
     }
 
-    /// Copies out the first `rows` tokens of every layer of a block.
-    pub fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) {
-        self.backend.kv_read(block, rows, reply);
+    /// Copies out the first `rows` tokens of every layer of a block. An error, here and below, means that the device is lost.
+    pub fn kv_read(
+        &mut self,
+        block: BlockId,
+        rows: u32,
+        reply: Reply<Payload>,
+    ) -> Result<(), kernels::Error> {
+        self.backend.kv_read(block, rows, reply)
     }
 
     /// Copies `payload` (the form `kv_read` gives) into a block.
-    pub fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
-        self.backend.kv_write(block, rows, payload, reply);
+    pub fn kv_write(
+        &mut self,
+        block: BlockId,
+        rows: u32,
+        payload: Payload,
+        reply: Reply<()>,
+    ) -> Result<(), kernels::Error> {
+        self.backend.kv_write(block, rows, payload, reply)
     }
 
     /// The digest of what lies in the first `rows` tokens of every layer of a block.
-    pub fn kv_digest(&mut self, block: BlockId, rows: u32, reply: Reply<Digest>) {
-        self.backend.kv_digest(block, rows, reply);
+    pub fn kv_digest(
+        &mut self,
+        block: BlockId,
+        rows: u32,
+        reply: Reply<Digest>,
+    ) -> Result<(), kernels::Error> {
+        self.backend.kv_digest(block, rows, reply)
     }
 
     /// Where the pool lies, if transports may reach it.

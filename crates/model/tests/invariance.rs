@@ -122,7 +122,7 @@ fn the_batch_changes_no_bit() {
 
 fn write(rig: &mut Rig, block: u32, rows: u32, payload: kv::Payload) -> Result<(), kv::KvError> {
     let (reply, mut written) = kv::transfer();
-    rig.runner.kv_write(block, rows, payload, reply);
+    rig.runner.kv_write(block, rows, payload, reply).unwrap();
     written.try_recv().unwrap()
 }
 
@@ -138,7 +138,7 @@ fn blocks_read_here_and_written_there_change_no_bit() {
         let rows = 64.min(LENGTH - index * 64) as u32;
         let payload = {
             let (reply, mut read) = kv::transfer();
-            from.runner.kv_read(TABLE[index], rows, reply);
+            from.runner.kv_read(TABLE[index], rows, reply).unwrap();
             read.try_recv().unwrap().unwrap()
         };
         assert_eq!(payload.bytes.len(), from.runner.layout().payload_bytes(rows));

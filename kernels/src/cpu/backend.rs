@@ -355,16 +355,25 @@ impl Backend for CpuBackend {
         Ok(to.duration_since(*from).as_secs_f32() * 1e3)
     }
 
-    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) {
+    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) -> Result<(), Error> {
         self.transfer(reply, |pool| pool.read(block, rows));
+        Ok(())
     }
 
-    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
+    fn kv_write(
+        &mut self,
+        block: BlockId,
+        rows: u32,
+        payload: Payload,
+        reply: Reply<()>,
+    ) -> Result<(), Error> {
         self.transfer(reply, |pool| pool.write(block, rows, &payload.bytes)?.expect(payload.digest));
+        Ok(())
     }
 
-    fn kv_digest(&mut self, block: BlockId, rows: u32, reply: Reply<Digest>) {
+    fn kv_digest(&mut self, block: BlockId, rows: u32, reply: Reply<Digest>) -> Result<(), Error> {
         self.transfer(reply, |pool| pool.digest(block, rows));
+        Ok(())
     }
 
     fn kv_region(&self) -> Option<Region> {

@@ -22,7 +22,7 @@ use crate::{
     StepInput, Tensor, Weights, check::check,
 };
 use cudarc::driver::CudaEvent;
-use kv::{BlockId, Digest, KvDtype, KvError, KvLayout, Payload, Reply};
+use kv::{BlockId, Digest, KvDtype, KvLayout, Payload, Reply};
 
 /// Rows of prompt logprobs whose logits are held at once.
 pub(super) const LOGPROB_ROWS: usize = 32;
@@ -339,18 +339,20 @@ impl Backend for CudaBackend {
         from.elapsed_ms(to).map_err(super::device::device)
     }
 
-    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) {
-        match &self.prepared {
-            Some(prepared) => prepared.pool.read(&self.device, block, rows, reply),
-            None => drop(reply.send(Err(KvError::Stopped("no model is loaded".to_string())))),
-        }
+    fn kv_read(&mut self, block: BlockId, rows: u32, reply: Reply<Payload>) -> Result<(), Error> {
+        let (device, prepared) = self.parts()?;
+        prepared.pool.read(device, block, rows, reply)
     }
 
-    fn kv_write(&mut self, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
-        match &self.prepared {
-            Some(prepared) => prepared.pool.write(&self.device, block, rows, payload, reply),
-            None => drop(reply.send(Err(KvError::Stopped("no model is loaded".to_string())))),
-        }
+    fn kv_write(
+        &mut self,
+        block: BlockId,
+        rows: u32,
+        payload: Payload,
+        reply: Reply<()>,
+    ) -> Result<(), Error> {
+        let (device, prepared) = self.parts()?;
+        prepared.pool.write(device, block, rows, payload, reply)
     }
 
     /// Reads where no memory is.

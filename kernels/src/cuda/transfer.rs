@@ -91,7 +91,7 @@ impl KvPool {
 
     /// Copies out the first `rows` tokens of every layer, as they are after everything enqueued so far. Whoever asks
     /// holds the block until it has the copy, so that later steps need not wait.
-    pub fn read(&self, of: &Device, block: BlockId, rows: u32, reply: Reply<Payload>) {
+    pub fn read(&self, of: &Device, block: BlockId, rows: u32, reply: Reply<Payload>) -> Result<(), Error> {
         let rows = self.rows(block, rows);
         let enqueue = |buffer: &mut Buffer| {
             self.follow(of)?;
@@ -99,11 +99,18 @@ impl KvPool {
             self.copy(down(rows, buffer.bytes.bytes_mut()))?;
             self.passed(of)
         };
-        self.run(rows, enqueue, Answer::Read(reply));
+        self.run(rows, enqueue, Answer::Read(reply))
     }
 
     /// Copies `payload` in, before everything enqueued later.
-    pub fn write(&self, of: &Device, block: BlockId, rows: u32, payload: Payload, reply: Reply<()>) {
+    pub fn write(
+        &self,
+        of: &Device,
+        block: BlockId,
+        rows: u32,
+        payload: Payload,
+        reply: Reply<()>,
+    ) -> Result<(), Error> {
         let rows = self.rows(block, rows);
         let enqueue = |buffer: &mut Buffer| {
             payload.bytes.reader().copy_to_slice(&mut buffer.bytes.bytes_mut()[..payload.bytes.len()]);
@@ -114,7 +121,7 @@ impl KvPool {
             of.stream.wait(&done).map_err(device)?;
             Ok(done)
         };
-        self.run(rows, enqueue, Answer::Written(payload.digest, reply));
+        self.run(rows, enqueue, Answer::Written(payload.digest, reply))
     }
 
     /// Hashes what lies in the block when the copy stream comes to it.
@@ -139,15 +146,29 @@ impl KvPool {
         Ok(done)
     }
 
-    fn run(&self, rows: Rows, enqueue: impl FnOnce(&mut Buffer) -> Result<CudaEvent, Error>, reply: Answer) {
+    fn run(
+        &self,
+        rows: Rows,
+        enqueue: impl FnOnce(&mut Buffer) -> Result<CudaEvent, Error>,
+        reply: Answer,
+    ) -> Result<(), Error> {
+        let lost = |error: Error, reply: Answer| {
+            reply.fail(&error.to_string());
+            Err(error)
+        };
         let Ok(mut buffer) = self.free.recv() else {
-            return reply.fail("the copying thread has ended");
+            return lost(Error::Device("the copying thread has ended".to_string()), reply);
         };
         match enqueue(&mut buffer) {
             // A thread that has ended drops the reply, which says that the device has stopped.
             Ok(done) => drop(self.passing.send(Passing { done, buffer, rows, reply })),
-            Err(error) => reply.fail(&error.to_string()),
+            Err(error) => {
+                // A copy may be on its way out of it; the worker ends.
+                std::mem::forget(buffer);
+                return lost(error, reply);
+            }
         }
+        Ok(())
     }
 
     /// `rows` tokens of each layer: as many runs, a block's stride apart here and dense on the host.

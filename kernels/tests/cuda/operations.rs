@@ -201,7 +201,7 @@ impl<B: Watched> Run<'_, B> {
             let values = support::random_bf16(2 * 64 * 576, 900 + u64::from(block));
             let (reply, written) = kv::transfer();
             let payload = Payload::new(to_bytes(&values, layout.dtype));
-            self.backend.kv_write(block, 64, payload, reply);
+            self.backend.kv_write(block, 64, payload, reply).unwrap();
             written.blocking_recv().unwrap().unwrap();
         }
     }
@@ -211,7 +211,7 @@ impl<B: Watched> Run<'_, B> {
         let mut cached = Vec::new();
         for block in self.blocks() {
             let (reply, payload) = kv::transfer();
-            self.backend.kv_read(block, 64, reply);
+            self.backend.kv_read(block, 64, reply).unwrap();
             let bytes = payload.blocking_recv().unwrap().unwrap().bytes.together();
             let values = from_bytes(&bytes, self.backend.layout().dtype);
             cached.extend_from_slice(&values[layer * 64 * 576..][..64 * 576]);

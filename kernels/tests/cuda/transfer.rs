@@ -39,13 +39,13 @@ fn payload(layout: KvLayout, block: u32, rows: u32) -> Payload {
 
 fn write(backend: &mut CudaBackend, block: u32, rows: u32, payload: Payload) -> Result<(), KvError> {
     let (reply, written) = kv::transfer();
-    backend.kv_write(block, rows, payload, reply);
+    backend.kv_write(block, rows, payload, reply).unwrap();
     written.blocking_recv().unwrap()
 }
 
 fn read(backend: &mut CudaBackend, block: u32, rows: u32) -> Payload {
     let (reply, payload) = kv::transfer();
-    backend.kv_read(block, rows, reply);
+    backend.kv_read(block, rows, reply).unwrap();
     payload.blocking_recv().unwrap().unwrap()
 }
 
@@ -56,7 +56,7 @@ fn blocks_come_back_as_they_went_in() {
     let layout = backend.layout();
     let mut enqueued = |block: u32| {
         let (reply, written) = kv::transfer();
-        backend.kv_write(block, 64, payload(layout, block, 64), reply);
+        backend.kv_write(block, 64, payload(layout, block, 64), reply).unwrap();
         written
     };
     let writes: Vec<_> = (0..40).map(&mut enqueued).collect();

@@ -143,7 +143,7 @@ fn queue(status: &StatusReply) -> Option<Problem> {
     (status.queue_limit > 0 && nearly).then(|| {
         warning(
             format!("The queue is nearly full: {depth} of {}.", status.queue_limit),
-            "Further requests are refused with 429. Add workers to the pool that is short of room, or send less.",
+            "Further requests are refused with 503. Add workers to the pool that is short of room, or send less.",
         )
     })
 }

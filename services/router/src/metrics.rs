@@ -58,7 +58,9 @@ impl Metrics {
         let roles = [Role::Prefill, Role::Decode, Role::Both];
         let desired = |of| shared.config.pools.desired(of).map(|count| (role(of, "desired"), count));
         let desired = roles.into_iter().filter_map(desired);
-        self.set(&self.families.members, "role", census.chain(desired).collect());
+        // A router that sees nobody says so: beside others that do, a series that is absent would look like agreement.
+        let nobody = roles.into_iter().map(|of| (role(of, "ready"), 0));
+        self.set(&self.families.members, "role", nobody.chain(census).chain(desired).collect());
         self.families.running.set(i64::try_from(shared.admission.running()).unwrap_or(i64::MAX));
     }
 

@@ -131,7 +131,7 @@ impl Life {
             present: reservation.present,
             bindings,
             weights_fingerprint: shared.weights_fingerprint,
-            patience: shared.config.patience(),
+            patience: shared.patience(),
         };
         let (blocks_present, blocks_needed) = (plan.present, plan.bindings.len() as u32);
         let reserved = proto::Reserved { blocks_present, blocks_needed, ..Default::default() };
@@ -139,7 +139,8 @@ impl Life {
         let (mut incoming, inbox) = Incoming::new(plan, shared.pool.clone(), move || engine.last_submitted());
         let outcome = self.receive(&mut incoming, inbox, reserved).await;
         self.received(&incoming.received(), &outcome);
-        let reservation = settle(&shared, reservation, incoming).await;
+        let stalled = matches!(outcome, Ok(Outcome::Stalled));
+        let reservation = settle(&shared, reservation, incoming, stalled).await;
         match (outcome?, reservation) {
             (Outcome::Complete(commit), Some(reservation)) => self.decode(reservation, commit).await,
             (Outcome::Finished(commit), reservation) => {
@@ -309,14 +310,20 @@ impl Life {
 }
 
 /// Ends the hand-off. The reservation, unless something still writes into its blocks: these are then quarantined until
-/// it has ended, and the others free.
-async fn settle(shared: &Arc<Shared>, reservation: Reservation, incoming: Incoming) -> Option<Reservation> {
+/// it has ended, and the others free. `stalled`: it is overdue, and until then this worker is no good to anybody.
+async fn settle(
+    shared: &Arc<Shared>,
+    reservation: Reservation,
+    incoming: Incoming,
+    stalled: bool,
+) -> Option<Reservation> {
     let Some(unsettled) = incoming.close() else { return Some(reservation) };
+    let stall = stalled.then(|| shared.stall());
     let quarantine = reservation.quarantine(unsettled.writing()).await;
     let metrics = shared.metrics.clone();
     shared.spawn(async move {
         metrics.overdue(unsettled.settle().await);
-        drop(quarantine);
+        drop((quarantine, stall));
     });
     None
 }

@@ -6,7 +6,7 @@ use crate::{
     reservations::Reservations,
 };
 use engine::{EngineHandle, EngineLoad};
-use handoff::{direct::Pool, nixl};
+use handoff::{Patience, direct::Pool, liveness, nixl};
 use kv::{KvLayout, KvMemory};
 use proto::{Dial, Error, ErrorCode, latency::Meter};
 use std::{future::Future, sync::Arc, time::Duration};
@@ -38,7 +38,12 @@ pub struct Shared {
     stopping: CancellationToken,
     /// Has one receiver for each call that runs.
     calls: watch::Sender<()>,
+    /// Held once more for each [`Stall`].
+    stalls: Stall,
 }
+
+/// As long as there is one, the device is late with a copy.
+pub type Stall = Arc<()>;
 
 /// What distinguishes a loaded model to its peers.
 pub struct Identity {
@@ -83,6 +88,7 @@ impl Shared {
             moving: CancellationToken::new(),
             stopping: CancellationToken::new(),
             calls: watch::Sender::new(()),
+            stalls: Stall::default(),
             engine,
             config,
             metrics,
@@ -102,25 +108,45 @@ impl Shared {
         self.load.clone()
     }
 
-    /// A running sequence means that steps follow each other; a waiting one may wait for blocks that others hold.
+    /// A running sequence means that steps follow each other; a waiting one may wait for blocks that others hold. A device
+    /// that does not copy is at work on nothing else, so that it shows as an engine that stands still.
     pub fn heartbeat(&self) -> proto::Heartbeat {
         let load = self.load();
         let longest = load.longest_step.as_millis();
         proto::Heartbeat {
             step: load.step,
-            working: load.running > 0,
+            working: load.running > 0 || self.stalled(),
             longest_step_ms: u32::try_from(longest).unwrap_or(u32::MAX),
         }
+    }
+
+    /// How long a hand-off waits for what. A copy waits for the steps before it, however long they take here.
+    pub fn patience(&self) -> Patience {
+        let patience = self.config.patience();
+        let landing = liveness::patience(patience.landing, self.load().longest_step);
+        Patience { landing, ..patience }
     }
 
     pub fn heartbeat_every(&self) -> Duration {
         Duration::from_millis(self.config.liveness.heartbeat_ms)
     }
 
+    /// The device has not copied in time, until what this gives is dropped.
+    pub fn stall(&self) -> Stall {
+        self.stalls.clone()
+    }
+
+    fn stalled(&self) -> bool {
+        Arc::strong_count(&self.stalls) > 1
+    }
+
     /// Whether new work is taken.
     pub fn admit(&self) -> Result<(), Error> {
         if self.draining.is_cancelled() {
             return Err(self.leaving());
+        }
+        if self.stalled() {
+            return Err(engine_lost("its device has not copied a block in time, and still does not"));
         }
         Ok(())
     }

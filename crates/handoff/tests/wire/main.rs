@@ -370,6 +370,23 @@ async fn a_reservation_is_given_up_when_its_own_device_does_not_copy() {
     unsettled.settle().await;
 }
 
+/// Whose steps hold on to a block that is to be read into, severs nobody, and reads nothing once it has given up.
+#[tokio::test]
+async fn a_read_that_its_own_device_holds_up_is_not_the_others_fault() {
+    let (memory, copies) = (Arc::new(Memory::new()), Copies::new("decode".to_owned()));
+    memory.busy.lock().unwrap().insert(3);
+    let pool = Pool::direct(memory.clone(), copies.clone()).unwrap();
+    let mut decode = Decode::on(Over::Copies, pool, memory, 0, long()).await;
+    let delivery = tokio::spawn(deliver(decode.open(order(&decode))));
+    assert!(matches!(decode.incoming.run().await, Outcome::Stalled));
+    let unsettled = decode.incoming.close().expect("one read waits");
+    assert_eq!((unsettled.writing(), copies.severed.load(Relaxed)), (vec![2], 0));
+    delivery.await.unwrap().0.expect_err("the reservation has ended");
+    decode.memory.land();
+    unsettled.settle().await;
+    assert!(!decode.memory.writes.lock().unwrap().contains_key(&3), "it was read after all");
+}
+
 /// Decode lives and says so: nothing else would end the wait.
 #[tokio::test]
 async fn a_delivery_ends_when_its_own_device_does_not_copy() {

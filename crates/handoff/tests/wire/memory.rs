@@ -23,6 +23,8 @@ pub struct Memory {
     pub flaky: Mutex<HashSet<BlockId>>,
     /// Blocks whose writes wait for [`Memory::land`].
     pub slow: Mutex<HashSet<BlockId>>,
+    /// Blocks that earlier steps hold on to until [`Memory::land`].
+    pub busy: Mutex<HashSet<BlockId>>,
     pub waiting: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
     /// Writes so far, by block. What was read from elsewhere counts when it is looked at.
     pub writes: Mutex<HashMap<BlockId, u32>>,
@@ -37,6 +39,7 @@ impl Memory {
             broken: Mutex::default(),
             flaky: Mutex::default(),
             slow: Mutex::default(),
+            busy: Mutex::default(),
             waiting: Mutex::default(),
             writes: Mutex::default(),
         }
@@ -111,10 +114,14 @@ impl KvMemory for Memory {
 
     fn digest(&self, block: BlockId, rows: u32, _: StepId) -> Transfer<Digest> {
         let (reply, transfer) = kv::transfer();
-        if rows == 0 {
-            let _ = reply.send(Ok(Digest(0)));
-            return transfer;
+        if rows > 0 {
+            return self.ends(block, self.landed(block, rows));
         }
-        self.ends(block, self.landed(block, rows))
+        if self.busy.lock().unwrap().contains(&block) {
+            self.waiting.lock().unwrap().push(Box::new(move || drop(reply.send(Ok(Digest(0))))));
+        } else {
+            let _ = reply.send(Ok(Digest(0)));
+        }
+        transfer
     }
 }

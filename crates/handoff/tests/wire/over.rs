@@ -42,7 +42,7 @@ impl Over {
         match self {
             Over::Grpc => Duration::from_secs(2),
             Over::Nixl => crate::slowed(Duration::from_secs(5)),
-            _ => Duration::from_millis(100),
+            Over::Copies => Duration::from_secs(1),
         }
     }
 
@@ -86,12 +86,18 @@ pub struct Copies {
     name: String,
     /// Reads that will not end by themselves.
     pub hang: AtomicU32,
+    pub severed: AtomicU32,
     hanging: Mutex<Vec<Reply<()>>>,
 }
 
 impl Copies {
     pub fn new(name: String) -> Arc<Copies> {
-        Arc::new(Copies { name, hang: AtomicU32::new(0), hanging: Mutex::default() })
+        Arc::new(Copies {
+            name,
+            hang: AtomicU32::new(0),
+            severed: AtomicU32::new(0),
+            hanging: Mutex::default(),
+        })
     }
 }
 
@@ -116,6 +122,7 @@ impl Direct for Copies {
     }
 
     fn sever(&self, _: &proto::Origin) {
+        self.severed.fetch_add(1, Relaxed);
         for reply in self.hanging.lock().unwrap().drain(..) {
             let _ = reply.send(Err(KvError::Unreachable("severed".into())));
         }
