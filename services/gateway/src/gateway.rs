@@ -12,6 +12,7 @@ use crate::{Config, Error};
 use credentials::TokenFile;
 use openai::Code;
 use proto::StatusReply;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 use telemetry::gateway::Metrics;
@@ -39,6 +40,8 @@ pub struct Gateway {
     pub tokenizers: Arc<Semaphore>,
     /// Turns true when running answers must end.
     pub closing: watch::Receiver<bool>,
+    /// No new requests.
+    draining: AtomicBool,
     /// Seconds since the epoch.
     pub started: u64,
     /// What the routers say.
@@ -80,6 +83,7 @@ impl Gateway {
             places: Arc::new(Semaphore::new(config.limits.concurrent_requests.min(Semaphore::MAX_PERMITS))),
             tokenizers: Arc::new(Semaphore::new(tokenizers(&config))),
             closing,
+            draining: AtomicBool::new(false),
             started: since.as_secs(),
             looks: Looks::default(),
             ready: watch::Sender::new(Readiness::not("the router has not been asked yet")),
@@ -92,6 +96,17 @@ impl Gateway {
 
     pub fn readiness(&self) -> watch::Receiver<Readiness> {
         self.ready.subscribe()
+    }
+
+    /// Not ready from now on, whatever the routers say.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+        self.tell(Readiness::default());
+    }
+
+    fn tell(&self, state: Readiness) {
+        let draining = self.draining.load(Ordering::Relaxed);
+        self.ready.send_replace(if draining { Readiness::not("draining") } else { state });
     }
 
     /// Lets what [`Self::readiness`] says be fresh, if the routers answer soon.
@@ -123,7 +138,7 @@ impl Gateway {
             }
             Err(reason) => Readiness::not(reason),
         };
-        self.ready.send_replace(if *self.closing.borrow() { Readiness::not("stopping") } else { state });
+        self.tell(state);
     }
 
     fn find_other_files(&self, status: &StatusReply) -> Option<String> {

@@ -17,6 +17,7 @@ use telemetry::spans::Identity;
 use telemetry::{Registry, Spans};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 /// For answers to say that they were cut off.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -77,33 +78,48 @@ impl<L: Listener<Addr: fmt::Debug>> Server<L> {
         Ok(Server { gateway, registry: Arc::new(registry), credentials, public, admin, cut })
     }
 
-    /// Until `shutdown`; then takes no more requests, lets running answers end for `drain_ms`, cuts the rest.
+    /// Until `shutdown`; then takes no more requests, lets running answers end for `drain_ms`, cuts the rest. The admin port
+    /// is there until then: who counts what this gateway does also counts what ends in the drain.
     pub async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
         let Server { gateway, registry, credentials, public, admin, cut } = self;
-        let (stop, stopping) = watch::channel(false);
         let settings = || Settings::new(&gateway.config);
-        let serving = async {
-            tokio::join!(
-                serve(public, api::public(gateway.clone(), registry.clone()), settings(), stopping.clone()),
-                serve(admin, api::admin(gateway.clone(), registry), settings(), stopping),
-            )
-        };
-        tokio::pin!(serving);
+        let (stop, stopping) = watch::channel(false);
+        let public = serve(public, api::public(gateway.clone(), registry.clone()), settings(), stopping);
+        let (close, closing) = watch::channel(false);
+        let admin = serve(admin, api::admin(gateway.clone(), registry), settings(), closing);
+        tokio::pin!(admin);
         tokio::select! {
-            _ = &mut serving => return Ok(()),
+            () = drained(&gateway, public, shutdown, (stop, cut)) => {}
+            () = &mut admin => {}
             () = gateway.keep_looking() => {}
             () = gateway.keep_history() => {}
             () = follow_keys(&gateway, &credentials) => {}
-            () = shutdown => {}
         }
-        stop.send_replace(true);
-        let spans = gateway.spans.clone();
-        if tokio::time::timeout(ms(gateway.config.timeouts.drain_ms), &mut serving).await.is_err() {
-            cut.send_replace(true);
-            let _ = tokio::time::timeout(LAST_WORDS, &mut serving).await;
-        }
-        spans.flush().await;
+        close.send_replace(true);
+        let _ = timeout(LAST_WORDS, admin).await;
+        gateway.spans.flush().await;
         Ok(())
+    }
+}
+
+/// Resolves when, after `shutdown`, all public connections have ended or been cut. `stop`: no more of them; `cut`: an end to
+/// the answers that run.
+async fn drained(
+    gateway: &Gateway,
+    public: impl Future<Output = ()> + Send,
+    shutdown: impl Future<Output = ()> + Send,
+    (stop, cut): (watch::Sender<bool>, watch::Sender<bool>),
+) {
+    tokio::pin!(public);
+    tokio::select! {
+        () = &mut public => return,
+        () = shutdown => {}
+    }
+    gateway.drain();
+    stop.send_replace(true);
+    if timeout(ms(gateway.config.timeouts.drain_ms), &mut public).await.is_err() {
+        cut.send_replace(true);
+        let _ = timeout(LAST_WORDS, &mut public).await;
     }
 }
 

@@ -16,7 +16,7 @@ use futures::StreamExt;
 use membership::View;
 use proto::{
     DecodeCall, DecodeEvent, Dial, Error, ErrorCode, FinishReason, GenerateRequest, Heartbeat, Load, Member,
-    PrefillEvent, PrefillRequest, Role, Sampling, Sequence, Stop, Token, decode_call::Call,
+    PrefillEvent, PrefillRequest, Role, Sampling, Sequence, Stop, Token, TokenLogprob, decode_call::Call,
     decode_event::Event as D, decode_server, generate_event::Event, prefill_event::Event as P,
     prefill_server, router_server::Router as _,
 };
@@ -49,6 +49,8 @@ pub enum DecodeScript {
     Stuck(u32),
     Repeat(u32),
     Fail(u32, ErrorCode),
+    /// Tokens of some 25 KB, as fast as they are taken.
+    Wide,
     /// Never answers an advance, and beats on.
     Deaf,
 }
@@ -132,6 +134,11 @@ impl World {
     }
 }
 
+fn wide(position: u32) -> Token {
+    let one = TokenLogprob { token: 1 << 20, logprob: 1.0, rank: 1 };
+    Token { top: vec![one; 2000], ..token(position) }
+}
+
 fn token(position: u32) -> Token {
     Token { id: 1000 + position, position, ..Token::default() }
 }
@@ -177,6 +184,10 @@ impl Out<DecodeEvent> {
                 DecodeScript::Repeat(after) if position - from == after => {
                     self.say(D::Token(token(position - 1))).await;
                 }
+                DecodeScript::Wide => match self.say(D::Token(wide(position))).await {
+                    true => continue,
+                    false => return,
+                },
                 _ => {}
             }
             sleep(Duration::from_millis(2)).await;

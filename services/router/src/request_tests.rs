@@ -7,11 +7,11 @@ use crate::{
     fakes::{Bench, DecodeScript as D, PrefillScript as P, collect, config, request},
 };
 use futures::StreamExt;
-use proto::{ErrorCode, GenerateRequest, Role, Sequence, generate_event::Event};
+use proto::{ErrorCode, GenerateRequest, Load, Member, Role, Sequence, generate_event::Event};
 use std::{sync::Arc, time::Duration};
 use tokio::{
     sync::{Semaphore, mpsc},
-    time::{Instant, advance, sleep},
+    time::{Instant, advance, sleep, timeout},
 };
 
 const PAIR: [(&str, Role); 2] = [("p1", Role::Prefill), ("d1", Role::Decode)];
@@ -55,6 +55,28 @@ async fn prefilled_here_and_decoded_there() {
     let asked = bench.world.prefills.lock().unwrap()[0].1.clone();
     assert_eq!(asked.decode_address, bench.members[1].address);
     assert_eq!((asked.epoch, asked.blocks_present), (1, 1));
+    bench.quiet().await;
+}
+
+/// Of 8 MB each: with what a connection had room for, four were enough.
+#[tokio::test]
+async fn streams_that_nobody_reads_hold_up_nobody_else() {
+    let bench = Bench::start(config(), &PAIR).await;
+    let load = Load { blocks_total: 10_000, blocks_free: 10_000, ..Load::default() };
+    let roomy = |member: &Member| Member { max_sequences: 64, load: Some(load), ..member.clone() };
+    bench.view(&bench.members.iter().map(roomy).collect::<Vec<_>>());
+    bench.script(&[D::Wide; 12], &[]);
+    let mut unread = Vec::new();
+    for _ in 0..12 {
+        unread.push(bench.ask(request(PROMPT, 300)).await.unwrap());
+    }
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(decodes(&bench).len(), 12);
+    for _ in 0..2 {
+        let answer = timeout(Duration::from_secs(5), bench.answer(PROMPT, OUTPUT)).await;
+        answer.expect("its tokens wait for streams that nobody reads").is_whole(PROMPT, OUTPUT);
+    }
+    drop(unread);
     bench.quiet().await;
 }
 

@@ -43,6 +43,7 @@ use tonic::transport::{
 
 /// How often gauges and readiness are brought up to date when the membership does not change.
 const OBSERVE: Duration = Duration::from_millis(250);
+/// For what comes here, which is read at once whole: a stream that lies unread on the connection's window is not among it.
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 const FRAME: u32 = 1 << 20;

@@ -85,9 +85,11 @@ impl Losses {
 /// Between looks for a router that goes on with an answer.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
-/// A stream that nobody reads may not use up the connection for the others.
-const STREAM_WINDOW: u32 = 256 << 10;
-const CONNECTION_WINDOW: u32 = 16 << 20;
+/// Of what a stream that nobody reads leaves in this process's memory: some two hundred events.
+const STREAM_WINDOW: u32 = 64 << 10;
+/// The most that HTTP/2 allows, so that streams that nobody reads never use up the connection for the others. It is credit
+/// and takes no memory: what may lie here is bounded by the streams and the window of each.
+const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 
 impl Upstream {
     /// Connects when first used.

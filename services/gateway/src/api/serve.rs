@@ -33,6 +33,8 @@ const ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering")
 
 /// Bodies above this are parsed and tokenised away from the threads that stream.
 const LARGE: usize = 8 << 10;
+/// The longest that such a body waits for others to be read.
+const TURN: Duration = Duration::from_secs(30);
 
 pub async fn serve<S: Shape>(
     State(gateway): State<Arc<Gateway>>,
@@ -75,14 +77,15 @@ pub async fn serve<S: Shape>(
     response
 }
 
-/// The request's claim on the account of its key, and its place; both are held until it ends.
+/// The request's claim on the account of its key, and its place; both are held until it ends. The place first: when there is
+/// none, that is not at the cost of the key.
 fn admit(gateway: &Gateway, caller: Option<&Caller>) -> Result<(Option<Lease>, OwnedSemaphorePermit), Error> {
     gateway.check_files()?;
     let patience = ms(gateway.config.timeouts.retry_after_ms);
-    let lease = caller.map(|caller| caller.admit(patience)).transpose()?;
-    let place = gateway.places.clone().try_acquire_owned();
     let full = |_| gateway.overloaded("too many requests at the same time; try again shortly");
-    Ok((lease, place.map_err(full)?))
+    let place = gateway.places.clone().try_acquire_owned().map_err(full)?;
+    let lease = caller.map(|caller| caller.admit(patience)).transpose()?;
+    Ok((lease, place))
 }
 
 struct Service {
@@ -143,7 +146,15 @@ impl Service {
             return plan(&self.gateway, self.caller.as_ref(), &body);
         }
         let (gateway, caller) = (self.gateway.clone(), self.caller.clone());
-        aside(self.gateway.tokenizers.clone(), move || plan(&gateway, caller.as_ref(), &body)).await
+        let until = self.deadline().min(Instant::now() + TURN);
+        let full =
+            || gateway.overloaded("too many large requests to read at the same time; try again shortly");
+        let place = turn(&gateway.tokenizers, until).await.ok_or_else(full)?;
+        aside(place, move || plan(&gateway, caller.as_ref(), &body)).await
+    }
+
+    fn deadline(&self) -> Instant {
+        self.start + ms(self.gateway.config.timeouts.request_ms)
     }
 
     fn setting(&self, heading: &Heading) -> Setting {
@@ -167,7 +178,7 @@ impl Service {
 
     fn interrupt(&self) -> Interrupt {
         let limit = ms(self.gateway.config.timeouts.request_ms);
-        let (deadline, gateway) = (self.start + limit, self.gateway.clone());
+        let (deadline, gateway) = (self.deadline(), self.gateway.clone());
         let mut closing = gateway.closing.clone();
         Box::pin(async move {
             tokio::select! {
@@ -224,13 +235,17 @@ impl Service {
     }
 }
 
+/// A place among those whose bodies are read aside, if there is one in time.
+async fn turn(places: &Arc<Semaphore>, until: Instant) -> Option<OwnedSemaphorePermit> {
+    timeout_at(until, places.clone().acquire_owned()).await.ok()?.ok()
+}
+
 /// Runs on a thread of its own. The place is the work's and not the asker's: a client that leaves does not
 /// end the work, and may not make room for more of it.
 async fn aside<T: Send + 'static>(
-    places: Arc<Semaphore>,
+    place: OwnedSemaphorePermit,
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
-    let place = places.acquire_owned().await;
     let done = tokio::task::spawn_blocking(move || {
         let _place = place;
         work()
@@ -291,15 +306,51 @@ fn mark(response: &mut Response, started: Option<&Started>) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::completions::Completions;
     use super::*;
+    use crate::Config;
+    use proto::Dial;
+    use std::path::Path;
     use std::sync::mpsc;
+    use telemetry::{Registry, Spans};
+    use tokio::sync::watch;
+    use tokio::time::timeout;
+
+    /// One that came just now to a gateway of one place for large bodies.
+    fn service(request_ms: u64) -> Service {
+        let model_dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/demo/checkpoint");
+        let mut config = Config { model_dir, ..Config::default() };
+        (config.limits.tokenizers, config.timeouts.request_ms) = (1, request_ms);
+        let metrics = telemetry::gateway::Metrics::new(&mut Registry::default());
+        let closing = watch::channel(false).1;
+        let gateway =
+            Arc::new(Gateway::new(config, &Dial::default(), (metrics, Spans::off()), closing).unwrap());
+        let trace = gateway.spans.context(None);
+        let observation = Observation::new("/v1/completions", "r".into(), trace, gateway.clone(), None, None);
+        let (observation, start) = (Arc::new(observation), Instant::now());
+        Service { gateway, observation, tenant: String::new(), wants_record: false, caller: None, start }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_large_body_waits_no_longer_than_is_of_use() {
+        for (request_ms, waits) in [(600_000, TURN), (2_000, Duration::from_secs(2))] {
+            let service = service(request_ms);
+            let _place = service.gateway.tokenizers.clone().acquire_owned().await.unwrap();
+            let large = Bytes::from(vec![b' '; LARGE + 1]);
+            let planned = timeout(2 * TURN, service.plan::<Completions>(large)).await;
+            let error = planned.expect("an end to the wait").err().expect("nobody makes room");
+            assert_eq!((error.code, service.start.elapsed()), (Code::Overloaded, waits));
+            assert!(error.retry_after.is_some());
+        }
+    }
 
     #[tokio::test]
     async fn work_keeps_its_place_when_its_client_leaves() {
         let places = Arc::new(Semaphore::new(1));
         let (finish, finished) = mpsc::channel::<()>();
         let (begun, has_begun) = tokio::sync::oneshot::channel();
-        let asker = tokio::spawn(aside(places.clone(), move || {
+        let place = places.clone().acquire_owned().await.unwrap();
+        let asker = tokio::spawn(aside(place, move || {
             let _ = begun.send(());
             let _ = finished.recv();
             Ok(())

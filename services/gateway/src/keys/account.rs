@@ -64,12 +64,20 @@ impl Account {
     }
 
     /// One request more, or the reason why not. `patience`: what to say when only the end of another request can help.
+    /// Who has no token left is refused here, before anything of the request is read: no request takes none.
     pub fn admit(self: &Arc<Self>, patience: Duration) -> Result<Lease, Error> {
         let (now, mut state) = (Instant::now(), self.lock());
         if let Some(limit) = state.concurrency.filter(|limit| state.running >= *limit) {
             let message =
                 format!("Concurrency limit reached for this API key: {limit} requests at the same time.");
             return Err(Error::new(Code::Concurrency, message).retry_after(patience));
+        }
+        if let Some(bucket) = &mut state.tokens {
+            let limit = bucket.per_minute();
+            bucket.holds(1, now).map_err(|wait| {
+                let problem = format!("{limit} tokens a minute, none left");
+                refused(Code::TokenRate, &problem, wait)
+            })?;
         }
         if let Some(bucket) = &mut state.requests {
             let limit = bucket.per_minute();
@@ -180,6 +188,19 @@ mod tests {
         assert_eq!((error.code, error.retry_after), (Code::TokenRate, Some(Duration::from_secs(4))));
         advance(Duration::from_secs(4)).await;
         fourth.charge(500).unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_token_nobody_gets_in_and_no_request_is_charged() {
+        let account = account(10, 60, 3);
+        let lease = account.admit(PATIENCE).unwrap();
+        lease.charge(60).unwrap();
+        advance(Duration::from_millis(400)).await;
+        let error = account.admit(PATIENCE).unwrap_err();
+        assert_eq!((error.code, error.retry_after), (Code::TokenRate, Some(Duration::from_millis(600))));
+        assert_eq!(remaining(&account), (9, 0));
+        advance(Duration::from_millis(600)).await;
+        account.admit(PATIENCE).unwrap().charge(1).unwrap();
     }
 
     #[tokio::test(start_paused = true)]

@@ -36,14 +36,17 @@ impl Bucket {
     /// Takes `amount` and returns it; or says how long until that can be. More than the bucket can hold is taken when it is
     /// full, and only as much as it holds: otherwise it could never be had.
     pub fn take(&mut self, amount: u64, now: Instant) -> Result<u64, Duration> {
-        self.fill(now);
         let amount = amount.min(self.per_minute.into());
-        let missing = i128::from(amount) * PARTS - self.parts;
-        if missing > 0 {
-            return Err(self.time_for(missing));
-        }
+        self.holds(amount, now)?;
         self.parts -= i128::from(amount) * PARTS;
         Ok(amount)
+    }
+
+    /// Takes nothing; says how long until `amount` is there if it is not.
+    pub fn holds(&mut self, amount: u64, now: Instant) -> Result<(), Duration> {
+        self.fill(now);
+        let missing = i128::from(amount) * PARTS - self.parts;
+        if missing > 0 { Err(self.time_for(missing)) } else { Ok(()) }
     }
 
     /// Makes what was taken into what was used.

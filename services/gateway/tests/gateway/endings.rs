@@ -2,9 +2,13 @@
 
 use crate::client::{Live, get};
 use crate::fake::{Act, Cluster, answer, chat, completion, encode, endless, finished, started, tokens};
-use proto::FinishReason;
+use proto::generate_event::Event;
+use proto::{FinishReason, TokenLogprob};
 use serde_json::{Value, json};
+use std::net::SocketAddr;
 use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
 
 fn streamed(chunks: &[Value]) -> String {
     chunks.iter().filter_map(|chunk| chunk["choices"][0]["text"].as_str()).collect()
@@ -128,10 +132,15 @@ async fn comments_keep_a_silent_stream_alive() {
     assert!(!cluster.chat(json!({"stream": true})).await.body.contains("keep-alive"));
 }
 
-#[tokio::test]
-async fn stopping_lets_answers_end_and_cuts_the_rest() {
+/// Whether it may have but one token: a test's way to ask for another script.
+fn marked(request: &proto::GenerateRequest) -> bool {
+    request.sequence.as_ref().unwrap().stop.as_ref().unwrap().max_tokens == 1
+}
+
+/// A gateway that is told to stop while it writes two answers, one that ends 200 ms later and one that would go on for ever.
+async fn stopped() -> (Cluster, Live, Live) {
     let script = |request: &proto::GenerateRequest| {
-        if request.sequence.as_ref().unwrap().stop.as_ref().unwrap().max_tokens == 1 {
+        if marked(request) {
             return endless(request, "one");
         }
         let mut script = answer(request, "one two");
@@ -146,11 +155,77 @@ async fn stopping_lets_answers_end_and_cuts_the_rest() {
     short.until("one").await;
     long.until("one").await;
     cluster.stop();
+    (cluster, short, long)
+}
+
+/// Until nobody listens there any more, for at most a second.
+async fn closed(address: SocketAddr) {
+    let refused = async {
+        while TcpStream::connect(address).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(1), refused).await.expect("somebody still listens");
+}
+
+#[tokio::test]
+async fn the_admin_port_is_there_until_the_drain_is_over() {
+    let (cluster, mut short, mut long) = stopped().await;
+    closed(cluster.http).await;
+    let ready = get(cluster.admin, "/ready").await;
+    assert_eq!((ready.status, ready.body.as_str()), (503, "not ready: draining\n"));
+    for path in ["/health", "/status"] {
+        assert_eq!(get(cluster.admin, path).await.status, 200, "{path}");
+    }
+    short.finish().await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let metrics = get(cluster.admin, "/metrics").await.body;
+    assert!(metrics.contains("{endpoint=\"/v1/chat/completions\",code=\"200\"} 1"), "{metrics}");
+    long.finish().await;
+    closed(cluster.admin).await;
+}
+
+#[tokio::test]
+async fn stopping_lets_answers_end_and_cuts_the_rest() {
+    let (cluster, mut short, mut long) = stopped().await;
     short.finish().await;
     assert!(short.reply().body.ends_with("[DONE]\n\n"));
     long.finish().await;
     assert!(long.reply().body.contains("\"server_overloaded\""), "{}", long.reply().body);
     cluster.left(1).await;
+}
+
+/// Some 100 KB of events.
+fn wide(request: &proto::GenerateRequest) -> Vec<Act> {
+    let top = (0..1000).map(|token| TokenLogprob { token, logprob: -1.0, rank: 1 }).collect::<Vec<_>>();
+    let mut events = tokens(request, &[50; 10]);
+    for event in &mut events {
+        if let Act::Say(Event::Token(token)) = event {
+            token.top.clone_from(&top);
+        }
+    }
+    [vec![started()], events, vec![Act::Hang]].concat()
+}
+
+/// 300 streams: more than there would be room for in 16 MiB, be it for the window of each or for all they have to say.
+#[tokio::test]
+async fn streams_that_nobody_reads_hold_up_nobody_else() {
+    let configure =
+        |config: &mut gateway::Config| (config.limits.choices, config.limits.sequences) = (300, 300);
+    let script = |request: &proto::GenerateRequest| match marked(request) {
+        true => answer(request, "yes"),
+        false => wide(request),
+    };
+    let cluster = Cluster::with(script, configure).await;
+    let body = completion(json!({"stream": true, "logprobs": 5, "n": 300}));
+    let _never_read = Live::post(cluster.http, "/v1/completions", &body).await;
+    while cluster.fake.asked.lock().unwrap().len() < 300 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let other = timeout(Duration::from_secs(5), cluster.complete(json!({"max_tokens": 1}))).await;
+    let other = other.expect("its tokens wait for streams that nobody reads");
+    assert_eq!(other.status, 200, "{}", other.body);
 }
 
 #[tokio::test]

@@ -158,6 +158,7 @@ pub async fn serve_fake(script: Script) -> (Arc<Fake>, SocketAddr) {
     let service = RouterServer::new(Shared(fake.clone()));
     tokio::spawn(
         tonic::transport::Server::builder()
+            .max_concurrent_streams(Some(1024))
             .add_service(service)
             .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true))),
     );

@@ -163,6 +163,42 @@ async fn tokens_are_charged_for_what_may_come_and_given_back_for_what_did_not() 
 }
 
 #[tokio::test]
+async fn who_has_no_token_left_is_refused_before_the_body_is_read() {
+    let mut keys = Keys::new();
+    let key = keys.add("t", Limits { tokens_per_minute: Some(10), ..Limits::default() }, false);
+    let path = keys.path();
+    let cluster =
+        Cluster::with(|request| endless(request, "one"), |config| config.keys.file = Some(path)).await;
+    let body = chat(json!({"stream": true})).to_string();
+    let mut first = Live::send(cluster.http, "POST", CHAT, &bearer(&key), &body).await;
+    first.until("one").await;
+    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: t\r\ncontent-length: 1000\r\n{}\r\n", bearer(&key));
+    let mut second = Live::raw(cluster.http, &head).await;
+    second.until("none left").await;
+    let refused = second.reply();
+    assert_eq!((refused.status, refused.json()["error"]["type"].clone()), (429, json!("tokens")));
+    let ms: u64 = refused.header("retry-after-ms").unwrap().parse().unwrap();
+    assert!((1000..=6000).contains(&ms), "{ms} ms until there is a token");
+}
+
+#[tokio::test]
+async fn what_a_full_gateway_refuses_costs_the_key_nothing() {
+    let mut keys = Keys::new();
+    let key = keys.add("t", Limits { requests_per_minute: Some(2), ..Limits::default() }, false);
+    let path = keys.path();
+    let configure = |config: &mut gateway::Config| {
+        config.keys.file = Some(path);
+        config.limits.concurrent_requests = 1;
+    };
+    let cluster = Cluster::with(|request| endless(request, "one"), configure).await;
+    let body = chat(json!({"stream": true})).to_string();
+    let mut first = Live::send(cluster.http, "POST", CHAT, &bearer(&key), &body).await;
+    first.until("one").await;
+    let refused = ask(&cluster, &key, json!({})).await;
+    assert_eq!((refused.status, refused.header("x-ratelimit-remaining-requests")), (503, Some("1")));
+}
+
+#[tokio::test]
 async fn a_stream_holds_its_place_until_the_client_leaves() {
     let mut keys = Keys::new();
     let key = keys.add("t", Limits { concurrency: Some(1), ..Limits::default() }, false);
