@@ -46,7 +46,7 @@ proof-faults: ## kill, stop and cut off every role in every phase under 32 strea
 	bash tests/install
 	BATON_PROOF=faults PATH="$(CURDIR)/target/tools/bin:$$PATH" cargo test --locked -p tests -- fault_table --nocapture
 
-proof-model: ## model check the hand-off at larger bounds (minutes, about 1 GB)
+proof-model: ## model check the hand-off at larger bounds (8 minutes on 16 cores, about 2 GB)
 	BATON_PROOF=model cargo test --locked -p handoff --test protocol -- --nocapture --test-threads=1
 
 proof-scale: ## containers under load: decode 2 -> 4 -> 1, prefill 2 -> 0 -> 2, no request lost

@@ -14,7 +14,7 @@ use broken::Broken;
 use model::{Action, Bounds, Faults, Protocol, State};
 use properties::*;
 use stateright::{Checker, Expectation, HasDiscoveries, Model, Path};
-use std::{collections::BTreeSet, time::Instant};
+use std::{collections::BTreeSet, num::NonZero, time::Instant};
 
 const NONE: Faults = Faults { losses: 0, copies: 0, damages: 0, crashes: 0, hangs: 0 };
 const EACH: Faults = Faults { losses: 1, copies: 1, damages: 1, crashes: 1, hangs: 1 };
@@ -54,7 +54,8 @@ const LARGER: [(&str, Bounds); 6] = [
 /// Explores all of it; what was reached of what must be reached somewhere.
 fn explore(name: &str, bounds: Bounds) -> BTreeSet<&'static str> {
     let began = Instant::now();
-    let checker = Protocol { bounds, broken: None }.checker().spawn_dfs().join();
+    let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let checker = Protocol { bounds, broken: None }.checker().threads(threads).spawn_dfs().join();
     let (states, depth) = (checker.unique_state_count(), checker.max_depth());
     println!("{name}: {states} states, {depth} deep, {:.1} s", began.elapsed().as_secs_f32());
     let mut reached = BTreeSet::new();
