@@ -102,7 +102,7 @@ class Commands:
             place = values
             for part in key.split(".")[:-1]:
                 place = place.setdefault(part, {})
-            place[key.split(".")[-1]] = value
+            place[key.split(".")[-1]] = yaml.safe_load(value)
         with helm.Chart.load(ROOT / "helm") as chart:
             manifests = chart.render(values, name=words[2], namespace="inference")
         texts = [text for path, text in manifests.items() if path.endswith(".yaml")]
