@@ -8,6 +8,12 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
+/// Of what a stream of events that nobody reads leaves in the reader's memory: some two hundred of them.
+const STREAM_WINDOW: u32 = 64 << 10;
+/// The most that HTTP/2 allows, so that streams that nobody reads never use up the connection for the others. It is credit
+/// and takes no memory: what may lie here is bounded by the streams and the window of each.
+const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
+
 /// Opens channels. A channel connects when it is first used, and again after a loss.
 #[derive(Clone)]
 pub struct Dial {
@@ -46,6 +52,15 @@ impl Dial {
         // To tonic it is plain: what secures it is this dial, and not tonic's own TLS.
         let endpoint = Endpoint::from_shared(format!("http://{host}")).map_err(|error| error.to_string())?;
         Ok(endpoint.origin(uri))
+    }
+
+    /// The same for calls that are answered by streams of events, as those of routers and workers are; KV blocks are none.
+    pub fn events(&self, address: &str) -> Result<Endpoint, String> {
+        let endpoint = self.endpoint(address)?;
+        Ok(endpoint
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .tcp_nodelay(true))
     }
 
     pub fn channel(&self, to: &Endpoint) -> Channel {

@@ -167,11 +167,6 @@ impl Observation {
 
     fn count(&self, record: &Record, first_token: Option<Duration>) {
         let metrics = &self.gateway.metrics;
-        metrics.in_flight.dec();
-        metrics.count(self.endpoint, record.code);
-        if record.code == LIMITED {
-            return;
-        }
         let exemplar = Exemplar::of(&self.trace);
         metrics.request_seconds.observe(self.start.elapsed().as_secs_f64(), exemplar, None);
         metrics.completion_tokens.inc_by(record.completion_tokens.into());
@@ -235,13 +230,15 @@ impl Drop for Observation {
             0 => CLIENT_LEFT,
             code => code,
         };
-        let record = self.record(code);
-        let first_token = self.seen(|seen| seen.first_token);
-        self.count(&record, first_token);
+        self.gateway.metrics.in_flight.dec();
+        self.gateway.metrics.count(self.endpoint, code);
         // Whoever asks on and on beyond his limit is told so each time, and pushes out nobody's records, fills no log, no trace.
         if code == LIMITED {
             return;
         }
+        let record = self.record(code);
+        let first_token = self.seen(|seen| seen.first_token);
+        self.count(&record, first_token);
         self.log(&record, first_token);
         self.tell(&record);
         self.gateway.records.keep(record);

@@ -12,12 +12,6 @@ use std::{
 };
 use tonic::transport::{Channel, Endpoint};
 
-/// Of what a stream that nobody reads leaves in this process's memory: some two hundred events. No KV block comes this way.
-const STREAM_WINDOW: u32 = 64 << 10;
-/// The most that HTTP/2 allows, so that streams that nobody reads never use up the connection for the others. It is credit
-/// and takes no memory: what may lie here is bounded by the streams and the window of each.
-const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
-
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     pub per_address: usize,
@@ -58,15 +52,12 @@ impl Channels {
 
     fn endpoint(&self, address: &str) -> Result<Endpoint, String> {
         let half = self.settings.silence / 2;
-        let endpoint = self.dial.endpoint(address)?;
+        let endpoint = self.dial.events(address)?;
         Ok(endpoint
             .connect_timeout(self.settings.connect)
             .http2_keep_alive_interval(half)
             .keep_alive_timeout(half)
-            .keep_alive_while_idle(true)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .tcp_nodelay(true))
+            .keep_alive_while_idle(true))
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Vec<Channel>>> {

@@ -38,12 +38,9 @@ pub struct Shared {
     stopping: CancellationToken,
     /// Has one receiver for each call that runs.
     calls: watch::Sender<()>,
-    /// Held once more for each [`Stall`].
-    stalls: Stall,
+    /// Has one receiver for each hand-off that the device is late with.
+    stalls: watch::Sender<()>,
 }
-
-/// As long as there is one, the device is late with a copy.
-pub type Stall = Arc<()>;
 
 /// What distinguishes a loaded model to its peers.
 pub struct Identity {
@@ -88,7 +85,7 @@ impl Shared {
             moving: CancellationToken::new(),
             stopping: CancellationToken::new(),
             calls: watch::Sender::new(()),
-            stalls: Stall::default(),
+            stalls: watch::Sender::new(()),
             engine,
             config,
             metrics,
@@ -132,12 +129,12 @@ impl Shared {
     }
 
     /// The device has not copied in time, until what this gives is dropped.
-    pub fn stall(&self) -> Stall {
-        self.stalls.clone()
+    pub fn stall(&self) -> watch::Receiver<()> {
+        self.stalls.subscribe()
     }
 
     fn stalled(&self) -> bool {
-        Arc::strong_count(&self.stalls) > 1
+        self.stalls.receiver_count() > 0
     }
 
     /// Whether new work is taken.

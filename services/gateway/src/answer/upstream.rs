@@ -85,12 +85,6 @@ impl Losses {
 /// Between looks for a router that goes on with an answer.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
-/// Of what a stream that nobody reads leaves in this process's memory: some two hundred events.
-const STREAM_WINDOW: u32 = 64 << 10;
-/// The most that HTTP/2 allows, so that streams that nobody reads never use up the connection for the others. It is credit
-/// and takes no memory: what may lie here is bounded by the streams and the window of each.
-const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
-
 impl Upstream {
     /// Connects when first used.
     pub fn new(
@@ -282,12 +276,9 @@ impl Router {
     fn new(address: &str, timeouts: &Timeouts, dial: &Dial) -> Result<Self, Error> {
         let problem = |problem: String| Error::RouterAddress { address: address.to_owned(), problem };
         let endpoint = dial
-            .endpoint(address)
+            .events(address)
             .map_err(problem)?
             .connect_timeout(ms(timeouts.connect_ms))
-            .tcp_nodelay(true)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
             .http2_keep_alive_interval(ms(timeouts.silence_ms))
             .keep_alive_timeout(ms(timeouts.silence_ms));
         let client = RouterClient::new(dial.channel(&endpoint))
