@@ -133,9 +133,6 @@ class Engine:
         except SystemExit as error:
             raise SystemExit(f"{error}\n{get(f'{URL}/ready')[1].decode()}\n{self.compose('logs', '--tail=20')}")
 
-    def running(self, name):
-        return name in self.docker("ps", "--format", "{{.Names}}").split()
-
     def container(self, service):
         return self.compose("ps", "-q", service).strip()
 

@@ -212,7 +212,7 @@ def flood(key, address):
 
 def simulated(engine):
     """Workers that take the times of DeepSeek-V3 on GPUs of their own, in the place of all others."""
-    stop(engine, [f"{role}-{number}" for role in ("prefill", "decode") for number in range(1, 5) if engine.running(f"baton_{role}-{number}_1")])
+    stop(engine, members("prefill") + members("decode"))
     times = [f"--set=simulated.{name}={value}" for name, value in DEEPSEEK_V3.items()]
     for name in ("prefill-sim", "decode-sim"):
         worker(engine, name, "--backend=sim", *times)

@@ -21,6 +21,7 @@ use std::{
     },
     time::Duration,
 };
+use tokio::sync::watch;
 
 const VOCAB: u32 = 97;
 const LOGITS: Logits = Logits { vocab_size: VOCAB, tokenizer_size: VOCAB, end: None };
@@ -49,8 +50,8 @@ fn start(options: SimOptions, config: EngineConfig) -> EngineHandle {
 
 /// With the most steps that were ever in flight.
 fn start_watched(options: SimOptions, config: EngineConfig) -> (EngineHandle, Arc<AtomicUsize>) {
-    let most = Arc::new(AtomicUsize::new(0));
-    let executor = Watched { executor: SimExecutor::new(options), in_flight: 0, most: most.clone() };
+    let (executor, _) = Watched::new(options);
+    let most = executor.most.clone();
     let (handle, engine) = drive(executor, config);
     tokio::spawn(engine);
     (handle, most)
@@ -60,6 +61,16 @@ struct Watched {
     executor: SimExecutor,
     in_flight: usize,
     most: Arc<AtomicUsize>,
+    lost: watch::Receiver<bool>,
+}
+
+impl Watched {
+    /// And what makes it be lost, whatever runs.
+    fn new(options: SimOptions) -> (Watched, watch::Sender<bool>) {
+        let (lose, lost) = watch::channel(false);
+        let executor = SimExecutor::new(options);
+        (Watched { executor, in_flight: 0, most: Arc::default(), lost }, lose)
+    }
 }
 
 impl Executor for Watched {
@@ -71,36 +82,14 @@ impl Executor for Watched {
     }
 
     async fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
-        let output = self.executor.collect().await;
+        let output = tokio::select! {
+            output = self.executor.collect() => output,
+            Ok(_) = self.lost.wait_for(|lost| *lost) => {
+                return Err(ExecutorError("no copy can be enqueued".to_owned()));
+            }
+        };
         self.in_flight -= 1;
         output
-    }
-
-    fn kv_memory(&self) -> Arc<dyn KvMemory> {
-        self.executor.kv_memory()
-    }
-
-    fn limits(&self) -> Limits {
-        self.executor.limits()
-    }
-}
-
-/// Is lost when it is told so, whatever runs.
-struct Losing {
-    executor: SimExecutor,
-    lost: tokio::sync::watch::Receiver<bool>,
-}
-
-impl Executor for Losing {
-    fn submit(&mut self, step: StepInput) -> Result<StepId, ExecutorError> {
-        self.executor.submit(step)
-    }
-
-    async fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
-        tokio::select! {
-            output = self.executor.collect() => output,
-            _ = self.lost.wait_for(|lost| *lost) => Err(ExecutorError("no copy can be enqueued".to_owned())),
-        }
     }
 
     fn kv_memory(&self) -> Arc<dyn KvMemory> {

@@ -5,6 +5,7 @@ use crate::{
     admission::Ticket,
     config::ms,
     fakes::{Bench, DecodeScript as D, PrefillScript as P, collect, config, request},
+    service::Events,
 };
 use futures::StreamExt;
 use proto::{ErrorCode, GenerateRequest, Load, Member, Role, Sequence, generate_event::Event};
@@ -351,14 +352,20 @@ async fn a_request_waits_for_its_members_but_not_for_ever() {
     bench.quiet().await;
 }
 
-#[tokio::test]
-async fn a_full_cluster_keeps_requests_in_order_and_a_full_queue_says_so() {
+/// A cluster of one place, which a request has for as long as its events are kept, and of two in the queue.
+async fn taken() -> (Bench, Events) {
     let mut narrow = config();
     (narrow.running, narrow.queue.limit) = (1, 2);
     let bench = Bench::start(narrow, &PAIR).await;
     bench.script(&[], &[P::Busy]);
     let mut blocking = bench.ask(request(PROMPT, OUTPUT)).await.unwrap();
     while !matches!(blocking.next().await.unwrap().unwrap().event.unwrap(), Event::Started(_)) {}
+    (bench, blocking)
+}
+
+#[tokio::test]
+async fn a_full_cluster_keeps_requests_in_order_and_a_full_queue_says_so() {
+    let (bench, blocking) = taken().await;
     let mut waiting = Vec::new();
     for priority in [1, 0] {
         let mut request = request(PROMPT + priority as u32, OUTPUT);
@@ -378,12 +385,7 @@ async fn a_full_cluster_keeps_requests_in_order_and_a_full_queue_says_so() {
 
 #[tokio::test]
 async fn who_loses_its_place_in_a_full_queue_to_another_tenant_hears_it() {
-    let mut narrow = config();
-    (narrow.running, narrow.queue.limit) = (1, 2);
-    let bench = Bench::start(narrow, &PAIR).await;
-    bench.script(&[], &[P::Busy]);
-    let mut blocking = bench.ask(request(PROMPT, OUTPUT)).await.unwrap();
-    while !matches!(blocking.next().await.unwrap().unwrap().event.unwrap(), Event::Started(_)) {}
+    let (bench, blocking) = taken().await;
     let mut waiting = Vec::new();
     for tenant in ["flood", "flood", "quiet"] {
         let request = GenerateRequest { tenant: tenant.into(), ..request(PROMPT, OUTPUT) };

@@ -138,8 +138,8 @@ fn an_engine_on_its_own_thread_ends_with_its_last_user() {
 
 #[tokio::test]
 async fn a_device_that_is_lost_while_nothing_runs_ends_the_engine() {
-    let (lose, lost) = tokio::sync::watch::channel(false);
-    let (engine, driver) = drive(Losing { executor: SimExecutor::new(small()), lost }, role(Role::Decode));
+    let (executor, lose) = Watched::new(small());
+    let (engine, driver) = drive(executor, role(Role::Decode));
     let driver = tokio::spawn(driver);
     let reservation = engine.reserve(spec(prompt(1, 5), 5)).await.expect("it lives");
     lose.send_replace(true);

@@ -49,6 +49,24 @@ async fn ask(cluster: &Cluster, key: &str, extra: Value) -> Reply {
     request(cluster.http, "POST", CHAT, &bearer(key), &chat(extra).to_string()).await
 }
 
+/// A gateway with a stream of this key that goes on for ever.
+async fn streaming(keys: &Keys, key: &str, configure: impl FnOnce(&mut gateway::Config)) -> (Cluster, Live) {
+    let with_keys = |config: &mut gateway::Config| {
+        config.keys.file = Some(keys.path());
+        configure(config);
+    };
+    let cluster = Cluster::with(|request| endless(request, "one"), with_keys).await;
+    let stream = stream(&cluster, key).await;
+    (cluster, stream)
+}
+
+async fn stream(cluster: &Cluster, key: &str) -> Live {
+    let body = chat(json!({"stream": true})).to_string();
+    let mut stream = Live::send(cluster.http, "POST", CHAT, &bearer(key), &body).await;
+    stream.until("one").await;
+    stream
+}
+
 #[tokio::test]
 async fn only_known_keys_get_in_and_only_admins_see_the_process() {
     let mut keys = Keys::new();
@@ -166,12 +184,7 @@ async fn tokens_are_charged_for_what_may_come_and_given_back_for_what_did_not() 
 async fn who_has_no_token_left_is_refused_before_the_body_is_read() {
     let mut keys = Keys::new();
     let key = keys.add("t", Limits { tokens_per_minute: Some(10), ..Limits::default() }, false);
-    let path = keys.path();
-    let cluster =
-        Cluster::with(|request| endless(request, "one"), |config| config.keys.file = Some(path)).await;
-    let body = chat(json!({"stream": true})).to_string();
-    let mut first = Live::send(cluster.http, "POST", CHAT, &bearer(&key), &body).await;
-    first.until("one").await;
+    let (cluster, _first) = streaming(&keys, &key, |_| {}).await;
     let head = format!("POST {CHAT} HTTP/1.1\r\nhost: t\r\ncontent-length: 1000\r\n{}\r\n", bearer(&key));
     let mut second = Live::raw(cluster.http, &head).await;
     second.until("none left").await;
@@ -185,15 +198,8 @@ async fn who_has_no_token_left_is_refused_before_the_body_is_read() {
 async fn what_a_full_gateway_refuses_costs_the_key_nothing() {
     let mut keys = Keys::new();
     let key = keys.add("t", Limits { requests_per_minute: Some(2), ..Limits::default() }, false);
-    let path = keys.path();
-    let configure = |config: &mut gateway::Config| {
-        config.keys.file = Some(path);
-        config.limits.concurrent_requests = 1;
-    };
-    let cluster = Cluster::with(|request| endless(request, "one"), configure).await;
-    let body = chat(json!({"stream": true})).to_string();
-    let mut first = Live::send(cluster.http, "POST", CHAT, &bearer(&key), &body).await;
-    first.until("one").await;
+    let narrow = |config: &mut gateway::Config| config.limits.concurrent_requests = 1;
+    let (cluster, _first) = streaming(&keys, &key, narrow).await;
     let refused = ask(&cluster, &key, json!({})).await;
     assert_eq!((refused.status, refused.header("x-ratelimit-remaining-requests")), (503, Some("1")));
 }
@@ -202,19 +208,13 @@ async fn what_a_full_gateway_refuses_costs_the_key_nothing() {
 async fn a_stream_holds_its_place_until_the_client_leaves() {
     let mut keys = Keys::new();
     let key = keys.add("t", Limits { concurrency: Some(1), ..Limits::default() }, false);
-    let path = keys.path();
-    let cluster =
-        Cluster::with(|request| endless(request, "one"), |config| config.keys.file = Some(path)).await;
-    let body = chat(json!({"stream": true})).to_string();
-    let mut first = Live::send(cluster.http, "POST", CHAT, &bearer(&key), &body).await;
-    first.until("one").await;
+    let (cluster, first) = streaming(&keys, &key, |_| {}).await;
     let refused = ask(&cluster, &key, json!({})).await;
     assert_eq!((refused.status, refused.json()["error"]["type"].clone()), (429, json!("concurrency")));
     assert!(refused.header("retry-after").is_some());
     drop(first);
     cluster.left(1).await;
-    let mut second = Live::send(cluster.http, "POST", CHAT, &bearer(&key), &body).await;
-    second.until("one").await;
+    stream(&cluster, &key).await;
 }
 
 #[tokio::test]
