@@ -187,7 +187,7 @@ async fn who_has_no_token_left_is_refused_before_the_body_is_read() {
     let (cluster, _first) = streaming(&keys, &key, |_| {}).await;
     let head = format!("POST {CHAT} HTTP/1.1\r\nhost: t\r\ncontent-length: 1000\r\n{}\r\n", bearer(&key));
     let mut second = Live::raw(cluster.http, &head).await;
-    second.until("none left").await;
+    second.finish().await;
     let refused = second.reply();
     assert_eq!((refused.status, refused.json()["error"]["type"].clone()), (429, json!("tokens")));
     let ms: u64 = refused.header("retry-after-ms").unwrap().parse().unwrap();
