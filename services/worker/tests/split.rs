@@ -71,45 +71,69 @@ async fn a_first_token_that_ends_the_sequence_ends_both_sides() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_prefill_is_fenced_and_another_goes_on_from_what_was_accepted() {
     let cluster = Cluster::start().await;
-    let [lost, other, decode] = cluster.workers([Role::Prefill, Role::Prefill, Role::Decode]).await;
-    let sequence = sequence(&long_prompt(900), 10);
-    let expected = split(&other.member, &decode.member, &sequence).await.tokens;
-    // Another first token, so that decode's prefix cache has nothing.
-    let fresh = {
-        let mut fresh = sequence.clone();
-        fresh.tokens[0] = 3;
-        fresh
-    };
-    let mut decoding = generate(&decode.member, &fresh, false).await;
-    let reserved = decoding.reserved().await;
-    assert_eq!((reserved.blocks_present, reserved.blocks_needed), (0, 113));
-    let mut first = fixture::prefill(&lost.member, prefill_request(&fresh, &decode.member, &reserved)).await;
-    assert!(matches!(first.next().await, Prefill::Started(_)));
-    while lost.pool().await["step"].as_u64() < Some(3) {
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-    let advanced = decoding.advance(reserved.reservation, reserved.epoch).await;
+    let [lost, other] = cluster.workers([Role::Prefill, Role::Prefill]).await;
+    let decode =
+        cluster.launch(worker::Config { kv_blocks: Some(600), ..cluster.config(Role::Decode) }).await;
+    let Fenced { sequence, mut decoding, reserved, advanced } = fenced(&lost, &decode).await;
+    assert_eq!((reserved.blocks_present, reserved.blocks_needed), (0, 225));
     assert_eq!(advanced.epoch, reserved.epoch + 1);
-    assert!(!advanced.accepted.is_empty(), "delivery overlaps computing");
-    let error = first.end().await.expect_err("fenced");
-    assert_eq!(error.code(), ErrorCode::StaleEpoch, "{error}");
     let request = proto::PrefillRequest {
         epoch: advanced.epoch,
         blocks_accepted: advanced.accepted.clone(),
-        ..prefill_request(&fresh, &decode.member, &reserved)
+        ..prefill_request(&sequence, &decode.member, &reserved)
     };
     let mut second = fixture::prefill(&other.member, request).await;
     let (prefilled, (rest, _)) = tokio::join!(second.end(), decoding.rest());
     let prefilled = prefilled.unwrap();
-    assert_eq!(prefilled.delivered.blocks as usize, 113 - advanced.accepted.len());
+    assert_eq!(prefilled.delivered.blocks as usize, 225 - advanced.accepted.len());
     let answer: Vec<_> = prefilled.first.into_iter().chain(rest).collect();
-    assert_eq!(answer.len(), expected.len());
     // The same request undisturbed.
-    let again = split(&lost.member, &decode.member, &fresh).await;
+    let again = split(&lost.member, &decode.member, &sequence).await;
     assert_eq!(again.tokens, answer);
     for worker in [lost, other, decode] {
         worker.assert_idle().await;
     }
+}
+
+/// A request whose prefill was given up while it computed.
+struct Fenced {
+    sequence: Sequence,
+    decoding: Decoding,
+    reserved: proto::Reserved,
+    advanced: proto::Advanced,
+}
+
+/// With blocks that were accepted before: delivery overlaps computing. On a busy machine the moment between the first block
+/// and the last can be missed; then it is tried again.
+async fn fenced(lost: &Worker, decode: &Worker) -> Fenced {
+    for first in 3..23 {
+        let mut sequence = sequence(&long_prompt(1800), 10);
+        // Another first token each time, so that decode's prefix cache has nothing.
+        sequence.tokens[0] = first;
+        if let Some(fenced) = try_fence(lost, decode, sequence).await {
+            return fenced;
+        }
+        lost.assert_idle().await;
+        decode.assert_idle().await;
+    }
+    panic!("in none of 20 requests was a block accepted before all were")
+}
+
+async fn try_fence(lost: &Worker, decode: &Worker, sequence: Sequence) -> Option<Fenced> {
+    let begun = lost.pool().await["step"].as_u64();
+    let mut decoding = generate(&decode.member, &sequence, false).await;
+    let reserved = decoding.reserved().await;
+    let request = prefill_request(&sequence, &decode.member, &reserved);
+    let mut prefilling = fixture::prefill(&lost.member, request).await;
+    assert!(matches!(prefilling.next().await, Prefill::Started(_)));
+    lost.eventually("three steps on", |pool| pool["step"].as_u64() >= begun.map(|step| step + 3)).await;
+    let advanced = decoding.advance(reserved.reservation, reserved.epoch).await?;
+    if advanced.accepted.is_empty() {
+        return None;
+    }
+    let error = prefilling.end().await.expect_err("fenced");
+    assert_eq!(error.code(), ErrorCode::StaleEpoch, "{error}");
+    Some(Fenced { sequence, decoding, reserved, advanced })
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -270,17 +294,20 @@ async fn what_does_not_fit_is_refused_before_any_work() {
 #[tokio::test(flavor = "multi_thread")]
 async fn draining_finishes_what_runs_and_takes_nothing_new() {
     let cluster = Cluster::start().await;
-    let mut both = cluster.worker(Role::Both).await;
-    let (prompt, expected) = golden().swap_remove(7);
-    let mut running = generate(&both.member, &sequence(&prompt, 100), true).await;
+    let patient = worker::Config { drain_ms: 60_000, ..cluster.config(Role::Both) };
+    let mut both = cluster.launch(patient).await;
+    let (prompt, _) = golden().swap_remove(7);
+    // Lasts longer than it takes to ask for something new.
+    let mut long = sequence(&prompt, 300);
+    long.stop.as_mut().unwrap().ignore_eos = true;
+    let expected = whole(&both.member, &long).await;
+    let mut running = generate(&both.member, &long, true).await;
     assert!(matches!(running.next().await, Decode::LocalPrefill(_)));
     let mut late = generate(&both.member, &sequence(&prompt, 2), true).await;
     late.rest().await;
     both.tell_to_stop();
-    tokio::time::sleep(Duration::from_millis(5)).await;
-    let refused = generate_if_listening(&both.member, &prompt).await;
-    let (tokens, _) = running.rest().await;
-    assert_eq!(tokens.iter().map(|token| token.id).collect::<Vec<_>>(), expected);
+    let refused = refusal_of_leaving(&both, &prompt).await;
+    assert_eq!(running.rest().await, expected);
     both.ended().await.unwrap();
     assert!(matches!(refused, None | Some(ErrorCode::Draining)), "{refused:?}");
 }
@@ -320,10 +347,12 @@ async fn only_the_incarnation_that_is_meant_takes_work() {
     assert!(error.message.contains("member both-former has left this address"), "{error}");
 }
 
-/// The code of the refusal, if the worker still answers.
-async fn generate_if_listening(member: &Member, prompt: &[u32]) -> Option<ErrorCode> {
-    tokio::net::TcpStream::connect(member.address.trim_start_matches("http://")).await.ok()?;
-    match generate(member, &sequence(prompt, 1), true).await.next().await {
+/// The code of the refusal once the worker says that it leaves; `None` if it has gone by then.
+async fn refusal_of_leaving(worker: &Worker, prompt: &[u32]) -> Option<ErrorCode> {
+    while !worker.try_ask("GET", "/ready").await.ok()?.contains("leaving the cluster") {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    match try_generate(&worker.member, &sequence(prompt, 1), true).await.ok()?.next().await {
         Decode::Error(error) => Some(error.code()),
         other => panic!("{other:?}"),
     }

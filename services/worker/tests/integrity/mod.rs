@@ -233,7 +233,8 @@ async fn a_way_that_damages_every_time_fails_with_the_cause_and_another_prefill_
     for part in ["block 2 as often as allowed", "damaged on the way"] {
         assert!(error.message.contains(part), "{error}");
     }
-    let advanced = decoding.advance(reserved.reservation, reserved.epoch).await;
+    let advanced =
+        decoding.advance(reserved.reservation, reserved.epoch).await.expect("one block is missing");
     assert!(!advanced.accepted.contains(&2) && advanced.accepted.contains(&0), "{advanced:?}");
     let request = proto::PrefillRequest {
         epoch: advanced.epoch,
