@@ -41,7 +41,7 @@ impl Collector {
             .spawn()
             .expect("otelcol starts");
         let collector = Collector { url: format!("http://{at}"), process, home };
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while std::net::TcpStream::connect(at).is_err() {
             assert!(Instant::now() < deadline, "the collector does not listen: {}", collector.read("log"));
             std::thread::sleep(Duration::from_millis(20));
@@ -51,7 +51,7 @@ impl Collector {
 
     /// The spans of a trace by their ids, once there are so many.
     pub async fn trace(&self, trace_id: &str, least: usize) -> BTreeMap<String, Value> {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(30);
         loop {
             let spans = self.spans(trace_id);
             if spans.len() >= least {

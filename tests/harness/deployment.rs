@@ -241,7 +241,14 @@ impl Service {
 
     /// Summed over the series whose labels contain `labels`.
     pub async fn metric(&self, name: &str, labels: &str) -> f64 {
-        self.try_metric(name, labels).await.unwrap_or_else(|| panic!("{} shows no metrics", self.name))
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(value) = self.try_metric(name, labels).await {
+                return value;
+            }
+            assert!(Instant::now() < deadline, "{} shows no metrics", self.name);
+            sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// `None` if it does not answer.

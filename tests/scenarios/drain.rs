@@ -54,7 +54,7 @@ fn drain_moves_what_runs_and_loses_nothing() {
         assert!(moved > 0.0, "200 tokens last longer than 20 ms");
         let failed = cluster.metric(&cluster.router, "baton_router_placements_total", "failed").await;
         assert_eq!(failed, 0.0, "to leave is no failure");
-        cluster.assert_idle_within(Duration::from_secs(10)).await;
+        cluster.assert_idle().await;
     });
 }
 
@@ -105,7 +105,7 @@ fn another_router_goes_on_with_every_answer() {
             for (found, expected) in found.iter().zip(&expected) {
                 assert_eq!(found.as_ref().unwrap().said(), expected.as_ref().unwrap().said(), "{signal:?}");
             }
-            cluster.assert_idle_within(Duration::from_secs(10)).await;
+            cluster.assert_idle().await;
         }
         let resumed = cluster.metric(&cluster.gateway, "baton_gateway_resumed_total", "").await;
         assert!(resumed > 0.0, "the killed router had work");

@@ -106,7 +106,6 @@ async fn make(network: Network, cases: Vec<Fault>) -> Table {
         let row = run(&mut cluster, &questions, case).await;
         println!("{}", row.line());
         table.rows.push(row);
-        cluster.whole().await;
     }
     table
 }
@@ -128,6 +127,8 @@ async fn run(cluster: &mut Deployment, questions: &[Question], case: Fault) -> R
         (in_flight, recovered.then_some(pause), began.elapsed())
     };
     let ((in_flight, pause, took), ()) = tokio::join!(inject, load.run(&client, questions));
+    // Who was started again may still be on its way.
+    cluster.whole().await;
     let leaked = cluster.leaked(FREE).await;
     let moved = moved(&before, &disturbances(cluster).await);
     let served = load.served.load(std::sync::atomic::Ordering::Relaxed);

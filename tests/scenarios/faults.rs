@@ -86,7 +86,7 @@ fn start_failing(cluster: &Cluster, step: u32) -> Child {
 }
 
 async fn until<F: Future<Output = bool>>(holds: impl Fn() -> F) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(30);
     while !holds().await {
         assert!(Instant::now() < deadline, "waited in vain");
         sleep(Duration::from_millis(20)).await;
@@ -123,7 +123,7 @@ fn survives(fault: Fault) {
             Signal::STOP => victim.signal(Signal::CONT),
             _ => used_again(&cluster, &victim).await,
         }
-        cluster.assert_idle_within(Duration::from_secs(15)).await;
+        cluster.assert_idle().await;
     });
 }
 
@@ -156,7 +156,7 @@ fn is_answer(found: &Outcome, expected: &Outcome) -> bool {
 /// `up` starts the victim's successor; it must get work as soon as it has joined.
 async fn used_again(cluster: &Cluster, victim: &Worker) {
     let known: BTreeSet<u32> = cluster.workers.iter().map(|worker| worker.pid).collect();
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(30);
     let successor = loop {
         let found = members(cluster).await.into_iter().find(|member| {
             member["role"] == victim.role.as_str()
@@ -185,17 +185,23 @@ async fn members(cluster: &Cluster) -> Vec<Value> {
     serde_json::from_slice::<Value>(&body).unwrap()["members"].as_array().unwrap().clone()
 }
 
+/// Within a second, of which a busy machine makes a few: that the answer was not at its end anyhow, the gateway's count says.
 #[test]
-fn faults_a_client_that_leaves_frees_its_blocks_within_a_second() {
+fn faults_a_client_that_leaves_frees_its_blocks_at_once() {
     let _alone = alone();
     let cluster = Cluster::up(&["--chunk", "32", "--threads", "1"]);
     block_on(async {
-        for (prompt, leave_after) in [(20, 3), (1800, 0), (64, 1)] {
-            let ask = Ask::new(&golden::prose(prompt, 3), 200).with("stream", true);
+        for (left, (prompt, tokens, leave_after)) in (1..).zip([(20, 1500, 3), (1800, 200, 0), (64, 1500, 1)])
+        {
+            let ask = Ask::new(&golden::prose(prompt, 3), tokens).with("stream", true);
             let mut sent = Box::pin(cluster.http.open(Method::POST, "/v1/completions", ask.body(&cluster)));
             if leave_after == 0 {
                 // Headers wait for the first event: leave while prefill computes.
-                let _ = tokio::time::timeout(Duration::from_millis(300), &mut sent).await;
+                let prefill = cluster.worker("prefill");
+                tokio::select! {
+                    _ = &mut sent => {}
+                    () = until(|| async { cluster.pool(prefill).await.running > 0 }) => {}
+                }
                 drop(sent);
             } else {
                 let mut body = sent.await.unwrap().into_body();
@@ -206,7 +212,10 @@ fn faults_a_client_that_leaves_frees_its_blocks_within_a_second() {
                 assert!(decode.blocks.held > 0 || decode.running > 0, "{decode:?}");
                 drop(body);
             }
-            cluster.assert_idle_within(Duration::from_secs(1)).await;
+            cluster.assert_idle_within(Duration::from_secs(5)).await;
+            let requests =
+                || cluster.metric(&cluster.gateway, "baton_gateway_requests_total", r#"code="499""#);
+            until(|| async { requests().await == f64::from(left) }).await;
         }
     });
 }

@@ -22,16 +22,17 @@ fn etcd_may_lose_a_server_and_then_all_of_them() {
             sleep(Duration::from_secs(1)).await;
             etcd.kill(etcd.leader().unwrap_or(0));
             sleep(Duration::from_secs(4)).await;
-            cluster.worker("decode").signal(Signal::KILL);
+            let killed = cluster.worker("decode");
+            killed.signal(Signal::KILL);
             sleep(Duration::from_secs(8)).await;
-            assert_eq!(members(&cluster).await, 4, "the successor has joined, the dead one has left");
+            whole(&cluster, killed.pid, "the successor has joined, the dead one has left").await;
             load.undisturbed.store(true, Ordering::Relaxed);
             etcd.kill_all();
             sleep(gone).await;
-            assert_eq!(members(&cluster).await, 4, "the last view is kept");
+            assert_eq!(members(&cluster).await.len(), 4, "the last view is kept");
             etcd.restart();
             sleep(Duration::from_secs(8)).await;
-            assert_eq!(members(&cluster).await, 4, "all workers are back under their names");
+            whole(&cluster, killed.pid, "all workers are back under their names").await;
             load.stop.store(true, Ordering::Relaxed);
         };
         tokio::join!(break_etcd, load.run(&cluster, 0), load.run(&cluster, 1), load.run(&cluster, 2));
@@ -82,8 +83,26 @@ impl Load {
     }
 }
 
-async fn members(cluster: &Cluster) -> usize {
+/// Waits until there are four workers, without the killed one.
+async fn whole(cluster: &Cluster, killed: u32, what: &str) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let pids = members(cluster).await;
+        if pids.len() == 4 && !pids.contains(&killed) {
+            return;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "not in a minute: {what}; {killed} was killed, there are {pids:?}"
+        );
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Their processes.
+async fn members(cluster: &Cluster) -> Vec<u32> {
     let (_, body) = cluster.http.get("/status").await.unwrap();
     let status: serde_json::Value = serde_json::from_slice(&body).unwrap();
-    status["members"].as_array().unwrap().len()
+    let members = status["members"].as_array().unwrap().iter();
+    members.map(|member| member["pid"].as_u64().unwrap() as u32).collect()
 }

@@ -149,7 +149,7 @@ async fn shows(service: &Worker, metrics: &[Metric]) {
 
 /// The service's line about its part of the request, which is written when that part has ended.
 async fn logs_the_trace(cluster: &Cluster, service: &Worker, part: &str) {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(30);
     let (trace, part) = (format!("trace_id={TRACE}"), format!("part=\"{part}\""));
     loop {
         let log = cluster.log(service);
