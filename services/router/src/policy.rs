@@ -71,7 +71,7 @@ pub enum Decision {
         uncached: u32,
     },
     Wait(Lack),
-    /// None of the role is there and usable, for any request.
+    /// This role is missing to make a couple of usable members.
     NoMembers(Role),
     Mismatch(String),
     TooLong {
@@ -317,11 +317,12 @@ impl<'a> View<'a> {
             return self.too_long(&couples);
         }
         let open: Vec<_> = fitting.into_iter().filter(|couple| self.open(couple)).collect();
-        match open.is_empty() {
-            true if couples.iter().any(|couple| self.open(couple)) => Decision::Wait(Lack::Absent),
-            true => self.no_members(),
-            false => Decision::Wait(self.lack(&open)),
+        if !open.is_empty() {
+            return Decision::Wait(self.lack(&open));
         }
+        // What has a reservation must not wait with it for who may never come back.
+        let others = self.wanted.pinned.is_none() && couples.iter().any(|couple| self.open(couple));
+        if others { Decision::Wait(Lack::Absent) } else { self.no_members() }
     }
 
     /// What these lack that could take it.
@@ -341,18 +342,19 @@ impl<'a> View<'a> {
         }
     }
 
-    /// No couple can hold it. One that only lacks somebody to prefill has a place already, and may find another.
+    /// No couple can hold it. One that has a reservation was placed before, and may find another place.
     fn too_long(&self, couples: &[Couple]) -> Decision {
         if self.wanted.pinned.is_some() {
-            return Decision::NoMembers(Role::Prefill);
+            return self.no_members();
         }
         let limit = |(prefill, decode): &Couple| capacity(prefill.member).min(capacity(decode.member));
         Decision::TooLong { tokens: self.wanted.total, limit: couples.iter().map(limit).max().unwrap_or(0) }
     }
 
     fn no_members(&self) -> Decision {
-        let prefill = self.role(Role::Prefill).any(|candidate| !candidate.excluded);
-        Decision::NoMembers(if prefill { Role::Decode } else { Role::Prefill })
+        let usable = self.role(Role::Prefill).any(|candidate| !candidate.excluded);
+        let decode = usable && self.wanted.pinned.is_none();
+        Decision::NoMembers(if decode { Role::Decode } else { Role::Prefill })
     }
 
     fn pinned(&self) -> impl Iterator<Item = &'a Candidate<'a>> {

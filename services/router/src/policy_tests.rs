@@ -206,7 +206,12 @@ fn a_reservation_stays_where_it_is() {
     let pinned = Wanted { pinned: Some("d1".into()), ..wanted(100) };
     let gone = Candidate { excluded: true, full: true, blocks_free: 0, ..idle(&d1) };
     assert_eq!(placed(place(&pinned, &[idle(&p), gone.clone(), idle(&d2)], CREDITS)), ids("p", "d1"));
-    assert_eq!(place(&pinned, &[gone, idle(&d2)], CREDITS), Decision::NoMembers(Role::Prefill));
+    let nobody = Decision::NoMembers(Role::Prefill);
+    assert_eq!(place(&pinned, &[gone.clone(), idle(&d2)], CREDITS), nobody);
+    let small = sized("small", Role::Prefill, 64);
+    assert_eq!(place(&pinned, &[idle(&small), gone.clone()], CREDITS), nobody, "who is too small is no help");
+    let away = Candidate { excluded: true, ..idle(&p) };
+    assert_eq!(place(&pinned, &[idle(&small), away, gone], CREDITS), nobody, "nor does it wait for who went");
 }
 
 #[test]
