@@ -2,6 +2,7 @@
 
 mod memory;
 mod over;
+mod stopped;
 
 use bytes::Bytes;
 use handoff::{
