@@ -179,7 +179,7 @@ mod tests {
         assert_eq!((first.unexplained_ns(), first.own_ns >= 100_000_000), (0, true));
         assert_eq!(meter.laps().len(), 4, "{:?}", meter.laps());
         assert!(
-            meter.token(Place::Router).unwrap().own_ns < 50_000_000,
+            meter.token(Place::Router).unwrap().own_ns < 100_000_000,
             "the second begins where the first ended"
         );
         assert_eq!(meter.token(Place::Router), None);

@@ -7,7 +7,7 @@ mod tls;
 mod token;
 mod watched;
 
-pub use incoming::Incoming;
+pub use incoming::{Incoming, Patience};
 pub use telemetry::credentials::Metrics;
 pub use tls::{Error, Tls, TlsConfig};
 pub use token::{Denied, TokenFile, bearer};

@@ -103,7 +103,11 @@ impl Tls {
 
     /// Connections to `listener`, once they are secured.
     pub fn incoming(&self, listener: TcpListener) -> crate::Incoming {
-        crate::Incoming::new(listener, self.clone())
+        self.incoming_within(listener, crate::Patience::default())
+    }
+
+    pub fn incoming_within(&self, listener: TcpListener, patience: crate::Patience) -> crate::Incoming {
+        crate::Incoming::new(listener, self.clone(), patience)
     }
 
     pub(crate) fn server(&self) -> Arc<ServerConfig> {

@@ -330,11 +330,11 @@ mod tests {
             let now = Instant::now();
             spans.tell(Span::part(&context, "queue", now, now));
         }
-        assert!(begun.elapsed() < Duration::from_secs(2), "telling took {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(10), "telling took {:?}", begun.elapsed());
         assert_eq!(dropped(&spans, "queue_full"), 2 * QUEUE as u64);
         let begun = std::time::Instant::now();
         spans.flush().await;
-        assert!(begun.elapsed() < 2 * FLUSH, "flushing took {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_millis(2500), "flushing took {:?}", begun.elapsed());
     }
 
     #[tokio::test]

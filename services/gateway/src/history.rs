@@ -256,7 +256,7 @@ mod tests {
         assert_eq!((value(&sample, "failed"), value(&sample, "drained")), (Some(1.0), Some(1.0)));
         assert_eq!((value(&sample, "handoff_ms"), value(&sample, "running")), (Some(3.0), Some(3.0)));
         let rate = value(&sample, "completion_tokens_rate").unwrap();
-        assert!((95.0..=100.0).contains(&rate), "{rate}");
+        assert!((50.0..=100.0).contains(&rate), "{rate}");
         assert_eq!((value(&sample, "blocks_used"), value(&sample, "ready")), (Some(5.0), Some(0.0)));
     }
 

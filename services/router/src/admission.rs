@@ -10,7 +10,7 @@ use crate::{
 };
 use proto::{Error, ErrorCode};
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -44,7 +44,20 @@ pub struct Ask {
 pub struct Offer {
     pub grant: Grant,
     /// Absent if the request held one already.
-    pub permit: Option<OwnedSemaphorePermit>,
+    pub permit: Option<Permit>,
+}
+
+/// A place among the running. When it is given back, the queue looks again.
+pub struct Permit {
+    place: Option<OwnedSemaphorePermit>,
+    cluster: Arc<Cluster>,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.place = None;
+        self.cluster.wake();
+    }
 }
 
 type Answer = Result<Offer, Error>;
@@ -125,19 +138,17 @@ impl Admission {
         let mut queue = self.lock();
         let mut passed = Passed::default();
         while let Some((id, waiting)) = queue.first(Instant::now(), |id, waiting| !passed.over(id, waiting)) {
-            let permit = match self.permit(waiting) {
-                Ok(permit) => permit,
-                Err(()) => {
-                    passed.newcomers = true;
-                    continue;
-                }
-            };
-            let answer = match self.cluster.place(&waiting.wanted, &waiting.prompt) {
-                Ok(grant) => Ok(Offer { grant, permit }),
+            let place = if waiting.runs { None } else { self.running.clone().try_acquire_owned().ok() };
+            if place.is_none() && !waiting.runs {
+                passed.newcomers = true;
+                continue;
+            }
+            let answer = match self.cluster.place(&waiting.wanted, &waiting.prompt, &passed.held) {
+                Ok(grant) => Ok(Offer { grant, permit: place.map(|place| self.permit(place)) }),
                 Err(denied) => match verdict(&denied, &waiting.wanted) {
                     Some(error) => Err(error),
                     None => {
-                        passed.by(id, waiting);
+                        passed.by(id, &waiting.wanted, denied);
                         continue;
                     }
                 },
@@ -149,11 +160,14 @@ impl Admission {
         }
     }
 
-    fn permit(&self, waiting: &Waiting) -> Result<Option<OwnedSemaphorePermit>, ()> {
-        if waiting.runs {
-            return Ok(None);
-        }
-        self.running.clone().try_acquire_owned().map(Some).map_err(|_| ())
+    fn permit(&self, place: OwnedSemaphorePermit) -> Permit {
+        Permit { place: Some(place), cluster: self.cluster.clone() }
+    }
+
+    /// A place among the running without a placement.
+    #[cfg(test)]
+    pub fn run_unplaced(&self) -> Permit {
+        self.permit(self.running.clone().try_acquire_owned().expect("a free place"))
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue<Waiting>> {
@@ -161,29 +175,39 @@ impl Admission {
     }
 }
 
-/// Who is passed over in this round. A request that waits holds up all behind it that could go to the same
-/// members: taking turns by size would starve the large ones.
+/// Who is passed over in this round. A request that waits keeps the members that could take it from all
+/// behind it: taking turns by size would starve the large ones.
 #[derive(Default)]
 struct Passed {
-    models: HashSet<String>,
+    /// Members that one waits for.
+    held: HashSet<String>,
+    /// By model, the least that one had to hold for which there was no place: whatever needs as much finds none.
+    least: HashMap<String, u32>,
     ids: HashSet<Id>,
     /// All that hold no permit to run.
     newcomers: bool,
 }
 
 impl Passed {
-    /// A request whose decode member is settled waits for itself alone.
-    fn by(&mut self, id: Id, waiting: &Waiting) {
-        match waiting.wanted.pinned {
-            Some(_) => self.ids.insert(id),
-            None => self.models.insert(waiting.wanted.model.clone()),
-        };
+    fn by(&mut self, id: Id, wanted: &Wanted, denied: Denied) {
+        // Where its decode member is settled, or a failure a moment ago keeps it from others, it says nothing of others.
+        if wanted.pinned.is_some() || wanted.is_shunning(Instant::now()) {
+            self.ids.insert(id);
+        } else {
+            let least = self.least.entry(wanted.model.clone()).or_insert(wanted.total);
+            *least = wanted.total.min(*least);
+        }
+        if let (None, Decision::Wait(Lack::DecodeRoom(members) | Lack::PrefillCredit(members))) =
+            (&wanted.pinned, denied)
+        {
+            self.held.extend(members);
+        }
     }
 
     fn over(&self, id: Id, waiting: &Waiting) -> bool {
-        let model = &waiting.wanted.model;
-        let any = !self.models.is_empty() && (model.is_empty() || self.models.contains(""));
-        self.ids.contains(&id) || self.newcomers && !waiting.runs || any || self.models.contains(model)
+        let Wanted { model, total, pinned, .. } = &waiting.wanted;
+        let hopeless = pinned.is_none() && self.least.get(model).is_some_and(|least| total >= least);
+        self.ids.contains(&id) || self.newcomers && !waiting.runs || hopeless
     }
 }
 
@@ -223,9 +247,16 @@ impl Ticket {
             Some(Decision::NoMembers(role)) => {
                 Error::new(ErrorCode::NoMembers, format!("{} ({waited})", no_members(role)))
             }
-            Some(Decision::Wait(Lack::DecodeRoom)) => {
+            Some(Decision::Wait(Lack::DecodeRoom(_))) => {
                 Error::new(ErrorCode::Deadline, format!("{waited}: every decode worker is full"))
             }
+            Some(Decision::Wait(Lack::Absent)) => Error::new(
+                ErrorCode::NoMembers,
+                format!(
+                    "{waited}: every worker that could hold its {} tokens is draining or does not answer",
+                    self.wanted.total
+                ),
+            ),
             _ => Error::new(ErrorCode::Deadline, format!("{waited}: every prefill worker is busy")),
         }
     }

@@ -11,7 +11,7 @@ use kv::{BlockHash, hash_blocks};
 use membership::View;
 use proto::{Load, LostMember, Member, Role};
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -113,11 +113,15 @@ impl Cluster {
         }
     }
 
-    /// Decides and, if there is a place, takes it.
-    pub fn place(self: &Arc<Self>, wanted: &Wanted, prompt: &Prompt) -> Result<Grant, Denied> {
+    /// Decides and, if there is a place, takes it; not on members that are `held` for others.
+    pub fn place(
+        self: &Arc<Self>,
+        wanted: &Wanted,
+        prompt: &Prompt,
+        held: &HashSet<String>,
+    ) -> Result<Grant, Denied> {
         let mut state = self.lock();
-        let now = Instant::now();
-        let candidates = state.candidates(wanted, prompt, now);
+        let candidates = state.candidates(wanted, prompt, held);
         match policy::place(wanted, &candidates, self.settings.credits) {
             Decision::Place { prefill, decode, uncached } => {
                 drop(candidates);
@@ -158,8 +162,9 @@ impl Cluster {
 
     /// What keeps a request from being placed now.
     pub fn lack(&self, wanted: &Wanted, prompt: &Prompt) -> Option<Denied> {
-        let (state, now) = (self.lock(), Instant::now());
-        match policy::place(wanted, &state.candidates(wanted, prompt, now), self.settings.credits) {
+        let state = self.lock();
+        match policy::place(wanted, &state.candidates(wanted, prompt, &HashSet::new()), self.settings.credits)
+        {
             Decision::Place { .. } => None,
             denied => Some(denied),
         }
@@ -204,8 +209,8 @@ impl Cluster {
 
     /// Whether a request could be placed at all; if not, why.
     pub fn readiness(&self) -> Result<(), String> {
-        let (state, now, nothing) = (self.lock(), Instant::now(), Prompt::new(&[]));
-        policy::readiness(&state.candidates(&Wanted::default(), &nothing, now))
+        let (state, nothing) = (self.lock(), Prompt::new(&[]));
+        policy::readiness(&state.candidates(&Wanted::default(), &nothing, &HashSet::new()))
     }
 
     /// How many members are in each role and state.
@@ -288,13 +293,14 @@ impl State {
     }
 
     /// The members as `wanted` sees them.
-    fn candidates(&self, wanted: &Wanted, prompt: &Prompt, now: Instant) -> Vec<Candidate<'_>> {
-        let shunned = |known: &Known| wanted.shuns(&known.member.id, now);
-        let candidate = |known| {
+    fn candidates(&self, wanted: &Wanted, prompt: &Prompt, held: &HashSet<String>) -> Vec<Candidate<'_>> {
+        let now = Instant::now();
+        let candidate = |(id, known): (&String, _)| {
             let candidate = Known::candidate(known, prompt, now);
-            Candidate { excluded: candidate.excluded || shunned(known), ..candidate }
+            let excluded = candidate.excluded || wanted.shuns(id, now);
+            Candidate { excluded, held: held.contains(id), ..candidate }
         };
-        self.members.values().map(candidate).collect()
+        self.members.iter().map(candidate).collect()
     }
 
     /// A member that policy chose from this very state.
@@ -331,6 +337,7 @@ impl Known {
         Candidate {
             member: &self.member,
             excluded: self.condition() != "ready",
+            held: false,
             full: self.full_until.is_some_and(|until| now < until),
             blocks_free: u32::try_from(free.clamp(0, total)).unwrap_or(0),
             sequences_used: u32::try_from(used.max(0)).unwrap_or(u32::MAX),

@@ -26,7 +26,8 @@ fn view(members: &[Member]) -> View {
 
 fn place(cluster: &Arc<Cluster>, tokens: u32) -> Result<Grant, Denied> {
     let prompt: Vec<u32> = (0..tokens).collect();
-    cluster.place(&Wanted { tokens, total: tokens + 1, ..Wanted::default() }, &Prompt::new(&prompt))
+    let wanted = Wanted { tokens, total: tokens + 1, ..Wanted::default() };
+    cluster.place(&wanted, &Prompt::new(&prompt), &HashSet::new())
 }
 
 #[tokio::test(start_paused = true)]
@@ -35,7 +36,11 @@ async fn what_is_placed_counts_until_it_is_reported_and_comes_back_when_it_ends(
     let [p, d] = [member("p", Role::Prefill, 10), member("d", Role::Decode, 10)];
     cluster.update(&view(&[p.clone(), d]));
     let mut first = place(&cluster, 20).unwrap();
-    assert_eq!(place(&cluster, 20).err(), Some(Decision::Wait(Lack::DecodeRoom)), "6 of 10 blocks are taken");
+    assert_eq!(
+        place(&cluster, 20).err(),
+        Some(Decision::Wait(Lack::DecodeRoom(vec!["d".into()]))),
+        "6 of 10 blocks are taken"
+    );
     first.decode.confirm();
     cluster.update(&view(&[p.clone(), member("d", Role::Decode, 4)]));
     assert!(place(&cluster, 12).is_ok(), "counted once, not twice");
@@ -86,7 +91,7 @@ async fn a_member_that_failed_a_request_is_shunned_by_it_for_a_pause() {
         shun_until: Some(Instant::now() + Duration::from_secs(1)),
         ..Wanted::default()
     };
-    let again = || cluster.place(&wanted, &Prompt::new(&[1, 2]));
+    let again = || cluster.place(&wanted, &Prompt::new(&[1, 2]), &HashSet::new());
     assert!(again().is_err());
     assert!(place(&cluster, 2).is_ok(), "others go there");
     tokio::time::advance(Duration::from_secs(1)).await;

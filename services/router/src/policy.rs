@@ -3,6 +3,7 @@
 //! are paired; when nothing fits the decision says why. Knows no clock and no sockets, and changes nothing.
 
 use proto::{Member, Role};
+use std::collections::BTreeSet;
 use tokio::time::Instant;
 
 /// What placing needs to know of a request.
@@ -25,7 +26,11 @@ pub struct Wanted {
 impl Wanted {
     /// Whether a member is out of the question at `now`.
     pub fn shuns(&self, member: &str, now: Instant) -> bool {
-        self.shun_until.is_some_and(|until| now < until) && self.avoid.iter().any(|id| id == member)
+        self.is_shunning(now) && self.avoid.iter().any(|id| id == member)
+    }
+
+    pub fn is_shunning(&self, now: Instant) -> bool {
+        self.shun_until.is_some_and(|until| now < until)
     }
 }
 
@@ -35,6 +40,8 @@ pub struct Candidate<'a> {
     pub member: &'a Member,
     /// Gone, draining, suspected or not yet reporting: no new placements.
     pub excluded: bool,
+    /// A request that comes first waits for it.
+    pub held: bool,
     /// Refused for want of capacity a moment ago.
     pub full: bool,
     pub blocks_free: u32,
@@ -64,6 +71,7 @@ pub enum Decision {
         uncached: u32,
     },
     Wait(Lack),
+    /// This role is missing to make a couple of usable members.
     NoMembers(Role),
     Mismatch(String),
     TooLong {
@@ -74,10 +82,15 @@ pub enum Decision {
 }
 
 /// What a waiting request waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Lack {
-    DecodeRoom,
-    PrefillCredit,
+    /// On one of these.
+    DecodeRoom(Vec<String>),
+    PrefillCredit(Vec<String>),
+    /// Those that could take it have room, or may have it next, for a request that comes first.
+    Turn,
+    /// Those that could hold it are draining or do not answer; others are there.
+    Absent,
 }
 
 /// A member of role both is preferred to a pair when it is this much less loaded, in thousandths:
@@ -89,9 +102,6 @@ pub fn place(wanted: &Wanted, members: &[Candidate], credits: Credits) -> Decisi
         View { wanted, credits, members: members.iter().filter(|m| serves(m.member, wanted)).collect() };
     if view.members.is_empty() {
         return if members.is_empty() { Decision::NoMembers(Role::Prefill) } else { Decision::ModelNotFound };
-    }
-    if let Some(limit) = view.exceeded_limit() {
-        return Decision::TooLong { tokens: wanted.total, limit };
     }
     match view.preferred() {
         Some((prefill, decode)) => Decision::Place {
@@ -154,6 +164,9 @@ fn serves(member: &Member, wanted: &Wanted) -> bool {
     wanted.model.is_empty() || wanted.model == member.model
 }
 
+/// A prefill and a decode member that match, or one of role both, twice.
+type Couple<'a> = (&'a Candidate<'a>, &'a Candidate<'a>);
+
 struct View<'a> {
     wanted: &'a Wanted,
     credits: Credits,
@@ -166,11 +179,11 @@ impl<'a> View<'a> {
     }
 
     fn usable(&self, role: Role) -> impl Iterator<Item = &'a Candidate<'a>> {
-        self.role(role).filter(|candidate| !candidate.excluded)
+        self.role(role).filter(|candidate| !candidate.excluded && !candidate.held)
     }
 
     /// A pair of dedicated members, unless one of role both is much less loaded or the only choice.
-    fn preferred(&self) -> Option<(&'a Candidate<'a>, &'a Candidate<'a>)> {
+    fn preferred(&self) -> Option<Couple<'a>> {
         let pair = self.best_pair();
         if self.wanted.pinned.is_some() {
             return pair;
@@ -183,9 +196,9 @@ impl<'a> View<'a> {
         Some(if clean || roomier && !failed(both) { (both, both) } else { (prefill, decode) })
     }
 
-    fn best_pair(&self) -> Option<(&'a Candidate<'a>, &'a Candidate<'a>)> {
-        let mut decodes: Vec<_> = match &self.wanted.pinned {
-            Some(id) => self.members.iter().copied().filter(|m| m.member.id == *id).collect(),
+    fn best_pair(&self) -> Option<Couple<'a>> {
+        let mut decodes: Vec<_> = match self.wanted.pinned {
+            Some(_) => self.pinned().collect(),
             None => self.usable(Role::Decode).filter(|m| self.has_room(m)).collect(),
         };
         decodes.sort_by_key(|m| (self.avoided(m), self.occupancy(m), m.turn));
@@ -271,32 +284,77 @@ impl<'a> View<'a> {
         credit.max(self.occupancy(decode))
     }
 
-    /// The most that any member could hold, if that is less than the request may need.
-    fn exceeded_limit(&self) -> Option<u32> {
-        let decoders = || self.role(Role::Decode).chain(self.role(Role::Both));
-        let limit = decoders().map(|m| capacity(m.member)).max()?;
-        let prefills = || self.role(Role::Prefill).chain(self.role(Role::Both));
-        let readable = prefills().map(|m| capacity(m.member)).max()?;
-        let exceeded = self.wanted.total > limit || self.read() > readable;
-        exceeded.then(|| limit.min(readable))
+    /// Members that could do it together, were they idle, there and large enough.
+    fn couples(&self) -> Vec<Couple<'a>> {
+        let matching = |d: &'a Candidate<'a>| {
+            self.role(Role::Prefill).filter(|p| mismatch(p.member, d.member).is_none()).map(move |p| (p, d))
+        };
+        match self.wanted.pinned {
+            Some(_) => self.pinned().flat_map(matching).collect(),
+            None => {
+                let both = self.role(Role::Both).map(|both| (both, both));
+                self.role(Role::Decode).flat_map(matching).chain(both).collect()
+            }
+        }
+    }
+
+    /// Whether they could hold it, had they nothing else. What decode has reserved fits there.
+    fn fits(&self, (prefill, decode): &Couple) -> bool {
+        self.can_prefill(prefill) && (self.wanted.pinned.is_some() || self.can_decode(decode))
+    }
+
+    fn open(&self, (prefill, decode): &Couple) -> bool {
+        !prefill.excluded && (self.wanted.pinned.is_some() || !decode.excluded)
     }
 
     fn why_not(&self) -> Decision {
-        let any = |role| self.usable(role).next().is_some();
-        let lack = |room| Decision::Wait(if room { Lack::PrefillCredit } else { Lack::DecodeRoom });
-        if self.wanted.pinned.is_none() && any(Role::Both) {
-            return lack(self.usable(Role::Both).any(|both| self.has_room(both)));
+        let couples = self.couples();
+        if couples.is_empty() {
+            return self.mismatch().map_or_else(|| self.no_members(), Decision::Mismatch);
         }
-        let decodes = || self.usable(Role::Decode).chain(self.pinned());
-        let compatible =
-            |d: &Candidate| self.usable(Role::Prefill).any(|p| mismatch(p.member, d.member).is_none());
-        if decodes().any(compatible) {
-            return lack(self.wanted.pinned.is_some() || decodes().any(|d| self.has_room(d)));
+        let fitting: Vec<_> = couples.iter().filter(|couple| self.fits(couple)).collect();
+        if fitting.is_empty() {
+            return self.too_long(&couples);
         }
-        if let Some(reason) = self.mismatch() {
-            return Decision::Mismatch(reason);
+        let open: Vec<_> = fitting.into_iter().filter(|couple| self.open(couple)).collect();
+        if !open.is_empty() {
+            return Decision::Wait(self.lack(&open));
         }
-        Decision::NoMembers(if any(Role::Prefill) { Role::Decode } else { Role::Prefill })
+        // What has a reservation must not wait with it for who may never come back.
+        let others = self.wanted.pinned.is_none() && couples.iter().any(|couple| self.open(couple));
+        if others { Decision::Wait(Lack::Absent) } else { self.no_members() }
+    }
+
+    /// What these lack that could take it.
+    fn lack(&self, open: &[&Couple<'a>]) -> Lack {
+        let pinned = self.wanted.pinned.is_some();
+        let free = || open.iter().filter(|(prefill, decode)| !prefill.held && (pinned || !decode.held));
+        let ids = |one: fn(&Couple<'a>) -> &'a Candidate<'a>| {
+            let ids: BTreeSet<_> = free().map(|couple| one(couple).member.id.clone()).collect();
+            ids.into_iter().collect()
+        };
+        match free().next() {
+            None => Lack::Turn,
+            _ if pinned || free().any(|(_, decode)| self.has_room(decode)) => {
+                Lack::PrefillCredit(ids(|(prefill, _)| prefill))
+            }
+            _ => Lack::DecodeRoom(ids(|(_, decode)| decode)),
+        }
+    }
+
+    /// No couple can hold it. One that has a reservation was placed before, and may find another place.
+    fn too_long(&self, couples: &[Couple]) -> Decision {
+        if self.wanted.pinned.is_some() {
+            return self.no_members();
+        }
+        let limit = |(prefill, decode): &Couple| capacity(prefill.member).min(capacity(decode.member));
+        Decision::TooLong { tokens: self.wanted.total, limit: couples.iter().map(limit).max().unwrap_or(0) }
+    }
+
+    fn no_members(&self) -> Decision {
+        let usable = self.role(Role::Prefill).any(|candidate| !candidate.excluded);
+        let decode = usable && self.wanted.pinned.is_none();
+        Decision::NoMembers(if decode { Role::Decode } else { Role::Prefill })
     }
 
     fn pinned(&self) -> impl Iterator<Item = &'a Candidate<'a>> {

@@ -24,6 +24,7 @@ fn idle(member: &Member) -> Candidate<'_> {
     Candidate {
         member,
         excluded: false,
+        held: false,
         full: false,
         blocks_free: 100,
         sequences_used: 0,
@@ -55,7 +56,10 @@ fn decode_room_decides_before_a_cached_prefix() {
     let crowded = Candidate { blocks_free: 1, cached_tokens: 512, ..idle(&d1) };
     let decision = place(&wanted(640), &[idle(&p), crowded.clone(), idle(&d2)], CREDITS);
     assert_eq!(placed(decision), ids("p", "d2"));
-    assert_eq!(place(&wanted(640), &[idle(&p), crowded], CREDITS), Decision::Wait(Lack::DecodeRoom));
+    assert_eq!(
+        place(&wanted(640), &[idle(&p), crowded], CREDITS),
+        Decision::Wait(Lack::DecodeRoom(vec!["d1".into()]))
+    );
 }
 
 #[test]
@@ -78,7 +82,7 @@ fn equals_take_turns() {
 fn credits_bound_what_a_prefill_member_owes() {
     let [p, d] = [member("p", Role::Prefill), member("d", Role::Decode)];
     let owing = |tokens, requests| Candidate { owed_tokens: tokens, owed_requests: requests, ..idle(&p) };
-    let wait = Decision::Wait(Lack::PrefillCredit);
+    let wait = Decision::Wait(Lack::PrefillCredit(vec!["p".into()]));
     assert_eq!(place(&wanted(600), &[owing(500, 1), idle(&d)], CREDITS), wait);
     assert_eq!(place(&wanted(1), &[owing(4, 4), idle(&d)], CREDITS), wait);
     placed(place(&wanted(3000), &[owing(0, 0), idle(&d)], CREDITS));
@@ -136,6 +140,52 @@ fn a_prompt_goes_only_where_its_first_token_has_room() {
     assert_eq!(place(&wanted(639), &alone, CREDITS), Decision::TooLong { tokens: 739, limit: 640 });
 }
 
+/// A member whose pool holds so many tokens.
+fn sized(id: &str, role: Role, tokens: u32) -> Member {
+    let load = Load { blocks_total: tokens / 64, blocks_free: tokens / 64, ..Load::default() };
+    Member { load: Some(load), ..member(id, role) }
+}
+
+#[test]
+fn what_no_couple_can_hold_never_fits() {
+    let [p, d, b] =
+        [sized("p", Role::Prefill, 640), sized("d", Role::Decode, 4096), sized("b", Role::Both, 1280)];
+    let decision = |wanted| place(&wanted, &[idle(&p), idle(&d), idle(&b)], CREDITS);
+    let long = Wanted { total: 3000, ..wanted(1300) };
+    assert_eq!(
+        decision(long),
+        Decision::TooLong { tokens: 3000, limit: 1280 },
+        "p cannot read it, b not hold it"
+    );
+    assert_eq!(placed(decision(Wanted { total: 3000, ..wanted(600) })), ids("p", "d"));
+    assert_eq!(placed(decision(wanted(1000))), ids("b", "b"));
+}
+
+#[test]
+fn who_only_fits_where_nobody_answers_waits_for_itself_alone() {
+    let [p, small, large] =
+        [member("p", Role::Prefill), sized("small", Role::Decode, 640), member("large", Role::Decode)];
+    let draining = Candidate { excluded: true, ..idle(&large) };
+    let decision = |tokens| place(&wanted(tokens), &[idle(&p), idle(&small), draining.clone()], CREDITS);
+    assert_eq!(decision(600), Decision::Wait(Lack::Absent));
+    assert_eq!(placed(decision(100)), ids("p", "small"));
+    assert_eq!(
+        place(&wanted(600), &[idle(&p), draining.clone()], CREDITS),
+        Decision::NoMembers(Role::Decode)
+    );
+}
+
+#[test]
+fn a_member_that_is_held_is_for_those_who_come_first() {
+    let [p, d1, d2] = [member("p", Role::Prefill), member("d1", Role::Decode), member("d2", Role::Decode)];
+    let held = Candidate { held: true, ..idle(&d1) };
+    let decision = |wanted| place(&wanted, &[idle(&p), held.clone(), idle(&d2)], CREDITS);
+    assert_eq!(placed(decision(wanted(10))), ids("p", "d2"));
+    assert_eq!(place(&wanted(10), &[idle(&p), held.clone()], CREDITS), Decision::Wait(Lack::Turn));
+    let pinned = Wanted { pinned: Some("d1".into()), ..wanted(10) };
+    assert_eq!(placed(decision(pinned)), ids("p", "d1"), "it has its place there");
+}
+
 #[test]
 fn pairs_are_preferred_to_both_unless_both_has_much_more_room() {
     let [p, d, b] = [member("p", Role::Prefill), member("d", Role::Decode), member("b", Role::Both)];
@@ -156,7 +206,12 @@ fn a_reservation_stays_where_it_is() {
     let pinned = Wanted { pinned: Some("d1".into()), ..wanted(100) };
     let gone = Candidate { excluded: true, full: true, blocks_free: 0, ..idle(&d1) };
     assert_eq!(placed(place(&pinned, &[idle(&p), gone.clone(), idle(&d2)], CREDITS)), ids("p", "d1"));
-    assert_eq!(place(&pinned, &[gone, idle(&d2)], CREDITS), Decision::NoMembers(Role::Prefill));
+    let nobody = Decision::NoMembers(Role::Prefill);
+    assert_eq!(place(&pinned, &[gone.clone(), idle(&d2)], CREDITS), nobody);
+    let small = sized("small", Role::Prefill, 64);
+    assert_eq!(place(&pinned, &[idle(&small), gone.clone()], CREDITS), nobody, "who is too small is no help");
+    let away = Candidate { excluded: true, ..idle(&p) };
+    assert_eq!(place(&pinned, &[idle(&small), away, gone], CREDITS), nobody, "nor does it wait for who went");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use crate::{
     Shared,
-    admission::{Ask, Offer, Ticket},
+    admission::{Ask, Offer, Permit, Ticket},
     call::{DecodeStream, Failure, Peer},
     cluster::Prompt,
     config,
@@ -20,7 +20,7 @@ use proto::{
 use std::{sync::Arc, time::Duration};
 use telemetry::{spans::Span, trace::TraceContext};
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc},
+    sync::mpsc,
     time::{Instant, timeout, timeout_at},
 };
 
@@ -32,7 +32,7 @@ pub struct Life {
     model: String,
     place: Place,
     timeout: Duration,
-    permit: Option<OwnedSemaphorePermit>,
+    permit: Option<Permit>,
     /// Placements that failed.
     failures: u32,
     /// Members they failed on, and until when not even the last of them is tried again.
@@ -111,6 +111,8 @@ impl Life {
             }
         };
         let counts = self.counted(Latency::default());
+        // Nothing runs any more, however long the client takes to read this.
+        self.permit = None;
         let _ = self.send(last, Some(counts)).await;
     }
 

@@ -25,9 +25,11 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-/// What is sent within it is held back and delivered on release. What comes after it is lost: above all
-/// the cancellation, which etcd would heed. Shorter than any call's time-out.
-const HOLD: Duration = Duration::from_millis(300);
+/// By which a member's record is told from other traffic.
+const RECORD: &[u8] = b"http://one:9000";
+/// For the rest of a write, of which the record has come. Shorter than any call's time-out: what comes after it is lost, above
+/// all the cancellation, which etcd would heed.
+const REST: Duration = Duration::from_millis(100);
 
 #[derive(Clone, Copy, PartialEq)]
 enum Mode {
@@ -36,9 +38,18 @@ enum Mode {
     Release,
 }
 
+/// How far the write has come that is held back.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Write {
+    Awaited,
+    Held,
+    Delivered,
+}
+
 struct Proxy {
     address: SocketAddr,
     mode: watch::Sender<Mode>,
+    write: watch::Sender<Write>,
     forwarded: Arc<AtomicU64>,
 }
 
@@ -48,18 +59,26 @@ impl Proxy {
         let proxy = Self {
             address: listener.local_addr().unwrap(),
             mode: watch::Sender::new(Mode::Forward),
+            write: watch::Sender::new(Write::Awaited),
             forwarded: Arc::default(),
         };
         let (mode, forwarded) = (proxy.mode.subscribe(), proxy.forwarded.clone());
+        let write = proxy.write.clone();
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
                 let (mut far_read, far) = connect(&target).await.into_split();
                 let (near, mut near_write) = near.into_split();
-                tokio::spawn(forward(near, far, mode.clone(), forwarded.clone()));
+                tokio::spawn(pass(near, far, mode.clone(), write.clone(), forwarded.clone()));
                 tokio::spawn(async move { copy(&mut far_read, &mut near_write).await });
             }
         });
         proxy
+    }
+
+    async fn until(&self, write: Write) {
+        let mut here = self.write.subscribe();
+        let came = timeout(MARGIN, here.wait_for(|here| *here == write)).await.is_ok();
+        assert!(came, "the write through the proxy is not {write:?}, but {:?}", *self.write.borrow());
     }
 }
 
@@ -67,11 +86,27 @@ async fn connect(target: &str) -> TcpStream {
     TcpStream::connect(target.trim_start_matches("http://")).await.unwrap()
 }
 
-async fn forward(
+async fn pass(
     mut near: OwnedReadHalf,
     mut far: OwnedWriteHalf,
     mut mode: watch::Receiver<Mode>,
+    write: watch::Sender<Write>,
     forwarded: Arc<AtomicU64>,
+) {
+    forward(&mut near, &mut far, &mut mode, &forwarded).await;
+    let Some(held) = hold(&mut near).await else { return };
+    write.send_replace(Write::Held);
+    let _ = mode.wait_for(|mode| *mode == Mode::Release).await;
+    far.write_all(&held).await.unwrap();
+    write.send_replace(Write::Delivered);
+    std::future::pending::<()>().await;
+}
+
+async fn forward(
+    near: &mut OwnedReadHalf,
+    far: &mut OwnedWriteHalf,
+    mode: &mut watch::Receiver<Mode>,
+    forwarded: &AtomicU64,
 ) {
     let mut chunk = vec![0; 64 << 10];
     while *mode.borrow() == Mode::Forward {
@@ -84,13 +119,17 @@ async fn forward(
             }
         }
     }
-    let until = Instant::now() + HOLD;
+}
+
+/// What comes up to a whole write; `None` from a connection that ends without one.
+async fn hold(near: &mut OwnedReadHalf) -> Option<Vec<u8>> {
     let mut held = Vec::new();
+    while !held.windows(RECORD.len()).any(|part| part == RECORD) {
+        near.read_buf(&mut held).await.ok().filter(|length| *length > 0)?;
+    }
+    let until = Instant::now() + REST;
     while let Ok(Ok(1..)) = timeout_at(until, near.read_buf(&mut held)).await {}
-    let _ = mode.wait_for(|mode| *mode == Mode::Release).await;
-    assert!(!held.is_empty(), "the write came this way");
-    far.write_all(&held).await.unwrap();
-    std::future::pending::<()>().await;
+    Some(held)
 }
 
 /// Endpoints are tried in random order: joins until a client has begun with the proxy.
@@ -123,10 +162,12 @@ async fn a_late_write_never_undoes_a_later_one() {
 
     proxy.mode.send_replace(Mode::Hold);
     set_running(&registration, 1);
+    proxy.until(Write::Held).await;
     until(&mut view, MARGIN, "written by the other endpoint", shows(1)).await;
     set_running(&registration, 2);
     until(&mut view, MARGIN, "written over", shows(2)).await;
     proxy.mode.send_replace(Mode::Release);
+    proxy.until(Write::Delivered).await;
     // Not even for the moment that it would take to notice and repair.
     let undone = view.wait_for(|view| !shows(2)(view));
     let undone = timeout(Duration::from_secs(1), undone).await;

@@ -22,7 +22,7 @@ impl InProcess {
 }
 
 impl Source for InProcess {
-    const LEASE: Duration = Duration::from_secs(2);
+    const LEASE: Duration = Duration::from_secs(3);
 
     fn client(&self) -> Arc<dyn Membership> {
         let number = self.clients.fetch_add(1, Ordering::Relaxed);

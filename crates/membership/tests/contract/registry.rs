@@ -4,34 +4,37 @@ use crate::suite::{MARGIN, Source, ids, joined, member, until};
 use membership::{Membership, MembershipConfig, RegistryServer, connect};
 use proto::{JoinMessage, Keepalive, Member, join_message::Message, registry_client::RegistryClient};
 use std::{
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
-use tokio::{runtime::Runtime, sync::mpsc, time::timeout};
+use tokio::{net::TcpSocket, runtime::Runtime, sync::mpsc, time::timeout};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Code, Status, transport::Server};
 
 pub struct Registry {
     address: SocketAddr,
+    /// Bound, never listening: nobody else gets the port while the server is away.
+    _port: TcpSocket,
     server: RegistryServer,
     runtime: Option<Runtime>,
 }
 
 impl Registry {
     pub fn start() -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = bound(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
         let mut registry = Self {
-            address: listener.local_addr().unwrap(),
+            address: port.local_addr().unwrap(),
+            _port: port,
             server: RegistryServer::new(Self::LEASE),
             runtime: None,
         };
-        registry.serve(listener);
+        registry.serve();
         registry
     }
 
-    fn serve(&mut self, listener: TcpListener) {
-        listener.set_nonblocking(true).unwrap();
+    fn serve(&mut self) {
+        let listener = bound(self.address).listen(128).unwrap().into_std().unwrap();
         let runtime = Runtime::new().unwrap();
         let service = self.server.service();
         runtime.spawn(async move {
@@ -52,7 +55,7 @@ impl Registry {
 }
 
 impl Source for Registry {
-    const LEASE: Duration = Duration::from_secs(2);
+    const LEASE: Duration = Duration::from_secs(3);
 
     fn client(&self) -> Arc<dyn Membership> {
         connect(MembershipConfig::registry(self.url())).unwrap()
@@ -64,11 +67,16 @@ impl Source for Registry {
 
     fn start_again(&mut self) {
         self.server = RegistryServer::new(Self::LEASE);
-        let socket = tokio::net::TcpSocket::new_v4().unwrap();
-        socket.set_reuseaddr(true).unwrap();
-        socket.bind(self.address).unwrap();
-        self.serve(socket.listen(128).unwrap().into_std().unwrap());
+        self.serve();
     }
+}
+
+/// Shares its port with those that are bound in the same way, as long as but one of them listens.
+fn bound(address: SocketAddr) -> TcpSocket {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind(address).unwrap();
+    socket
 }
 
 impl Drop for Registry {

@@ -14,11 +14,13 @@ use tokio::{
 
 /// What a loaded machine may need on top of what is promised.
 pub const MARGIN: Duration = Duration::from_secs(5);
-/// "At once": well before any lease could have run out.
-const AT_ONCE: Duration = Duration::from_millis(1500);
 
 pub trait Source {
     const LEASE: Duration;
+    /// Well before any lease could have run out.
+    const AT_ONCE: Duration = Self::LEASE.saturating_mul(3).checked_div(4).unwrap();
+    /// When a lease that nobody renews has run out.
+    const BEYOND: Duration = Self::LEASE.saturating_mul(3).checked_div(2).unwrap();
     /// A new client, with connections of its own.
     fn client(&self) -> Arc<dyn Membership>;
     /// Abrupt: no stream is closed properly.
@@ -94,7 +96,7 @@ impl Mortal {
     }
 }
 
-pub async fn members_appear_change_and_leave(source: &mut impl Source) {
+pub async fn members_appear_change_and_leave<S: Source>(source: &mut S) {
     let (a, b) = (source.client(), source.client());
     let mut views = [a.watch(), b.watch()];
     let one = a.join(member("one"));
@@ -103,7 +105,7 @@ pub async fn members_appear_change_and_leave(source: &mut impl Source) {
     joined(&two).await;
     let late = source.client();
     for view in views.iter_mut().chain([&mut late.watch()]) {
-        until(view, AT_ONCE, "both there", |view| ids(view) == ["one", "two"] && view.connected).await;
+        until(view, S::AT_ONCE, "both there", |view| ids(view) == ["one", "two"] && view.connected).await;
         assert_eq!(find(&view.borrow(), "one"), Some(&member("one")));
     }
 
@@ -114,7 +116,7 @@ pub async fn members_appear_change_and_leave(source: &mut impl Source) {
     one.update(|member| member.id = "other".into());
     two.update(|member| member.draining = true);
     for view in &mut views {
-        until(view, AT_ONCE, "updated", |view| {
+        until(view, S::AT_ONCE, "updated", |view| {
             running(view, "one") == 10_000 && find(view, "two").is_some_and(|two| two.draining)
         })
         .await;
@@ -123,27 +125,27 @@ pub async fn members_appear_change_and_leave(source: &mut impl Source) {
 
     one.leave().await;
     for view in &mut views {
-        until(view, AT_ONCE, "left", |view| ids(view) == ["two"]).await;
+        until(view, S::AT_ONCE, "left", |view| ids(view) == ["two"]).await;
     }
     drop(two);
     for view in &mut views {
-        until(view, AT_ONCE, "dropped", |view| view.members.is_empty()).await;
+        until(view, S::AT_ONCE, "dropped", |view| view.members.is_empty()).await;
         assert_eq!(view.borrow().left, ["two"], "one did not drain");
     }
 
     // Too quick for anybody to have seen it draining.
     let three = a.join(member("three"));
     joined(&three).await;
-    until(&mut views[1], AT_ONCE, "back", |view| ids(view) == ["three"]).await;
+    until(&mut views[1], S::AT_ONCE, "back", |view| ids(view) == ["three"]).await;
     three.update(|member| member.draining = true);
     three.leave().await;
-    until(&mut views[1], AT_ONCE, "left", |view| {
+    until(&mut views[1], S::AT_ONCE, "left", |view| {
         view.members.is_empty() && view.left.contains(&"three".into())
     })
     .await;
 }
 
-pub async fn every_view_is_whole(source: &mut impl Source) {
+pub async fn every_view_is_whole<S: Source>(source: &mut S) {
     let client = source.client();
     let steady: Vec<_> = (10..40).map(|n| client.join(member(&format!("m{n}")))).collect();
     for registration in &steady {
@@ -151,7 +153,7 @@ pub async fn every_view_is_whole(source: &mut impl Source) {
     }
     let observer = source.client();
     let mut view = observer.watch();
-    until(&mut view, AT_ONCE, "complete", |view| view.connected).await;
+    until(&mut view, S::AT_ONCE, "complete", |view| view.connected).await;
     let mut revision = 0;
     for round in 1..=10 {
         let guest = client.join(member(&format!("guest{round}")));
@@ -165,8 +167,8 @@ pub async fn every_view_is_whole(source: &mut impl Source) {
         }
         guest.leave().await;
         let gone = |view: &View| view.members.len() == 30;
-        until(&mut view, AT_ONCE, "guest gone", gone).await;
-        revision = view.borrow().revision;
+        until(&mut view, S::AT_ONCE, "guest gone", gone).await;
+        revision = view.borrow_and_update().revision;
     }
 }
 
@@ -179,14 +181,14 @@ pub async fn a_killed_member_goes_within_its_lease<S: Source>(source: &mut S) {
     let victim = Mortal::join(move || victim, "victim");
     until(&mut view, MARGIN, "victim there", |view| ids(view) == ["steady", "victim"]).await;
     // It renews: alive beyond its lease.
-    sleep(S::LEASE * 2).await;
+    sleep(S::BEYOND).await;
     assert_eq!(ids(&view.borrow()), ["steady", "victim"]);
     victim.kill();
     let killed = Instant::now();
     until(&mut view, S::LEASE + MARGIN, "victim gone", |view| ids(view) == ["steady"]).await;
     // A broken connection is no leave: its owner may come back by another.
     let lived = killed.elapsed();
-    assert!(lived > S::LEASE / 2, "gone {lived:?} after its death");
+    assert!(lived > S::LEASE / 4, "gone {lived:?} after its death");
 }
 
 pub async fn the_later_join_with_an_id_wins<S: Source>(source: &mut S) {
@@ -199,19 +201,19 @@ pub async fn the_later_join_with_an_id_wins<S: Source>(source: &mut S) {
     let later = b.join(later);
     joined(&later).await;
     let is_later = |view: &View| view.members.len() == 1 && view.members[0].address == address;
-    until(&mut view, AT_ONCE, "taken over", is_later).await;
+    until(&mut view, S::AT_ONCE, "taken over", is_later).await;
     set_running(&first, 7);
     // Neither the update nor any renewal of the first may show, not even for a moment.
     let mut shown = view.clone();
     let changed = shown.wait_for(|view| !is_later(view) || running(view, "same") != 0);
-    let changed = timeout(S::LEASE + AT_ONCE, changed).await;
+    let changed = timeout(S::LEASE + S::AT_ONCE, changed).await;
     assert!(changed.is_err(), "{changed:?}");
     drop(first);
     set_running(&later, 9);
-    until(&mut view, AT_ONCE, "updated", |view| running(view, "same") == 9).await;
+    until(&mut view, S::AT_ONCE, "updated", |view| running(view, "same") == 9).await;
     assert!(is_later(&view.borrow()));
     later.leave().await;
-    until(&mut view, AT_ONCE, "left", |view| view.members.is_empty()).await;
+    until(&mut view, S::AT_ONCE, "left", |view| view.members.is_empty()).await;
 }
 
 pub async fn an_outage_changes_nothing_but_joins_wait<S: Source>(source: &mut S) {
@@ -231,7 +233,7 @@ pub async fn an_outage_changes_nothing_but_joins_wait<S: Source>(source: &mut S)
     victim.kill();
     let late = a.join(member("late"));
     set_running(&one, 5);
-    sleep(S::LEASE * 2).await;
+    sleep(S::BEYOND).await;
     assert_eq!(ids(&view.borrow()), all);
     assert!(timeout(Duration::ZERO, late.joined()).await.is_err());
     assert!(source.client().watch().borrow().members.is_empty());
@@ -248,15 +250,15 @@ pub async fn an_outage_changes_nothing_but_joins_wait<S: Source>(source: &mut S)
     until(&mut view, S::LEASE + MARGIN, "victim gone", |view| ids(view) == survivors).await;
     assert!(back.elapsed() > S::LEASE / 2, "gone after {:?}", back.elapsed());
     // Beyond the grace everybody is there by their own leases.
-    sleep(S::LEASE * 2).await;
+    sleep(S::BEYOND).await;
     assert_eq!(ids(&view.borrow()), survivors);
     assert!(!shrunk.is_finished(), "{}", shrunk.await.unwrap());
 
     one.leave().await;
-    until(&mut view, AT_ONCE, "left", |view| ids(view) == ["late", "two"]).await;
+    until(&mut view, S::AT_ONCE, "left", |view| ids(view) == ["late", "two"]).await;
     let again = a.join(member("one"));
     joined(&again).await;
-    until(&mut view, AT_ONCE, "there again", |view| ids(view) == survivors).await;
+    until(&mut view, S::AT_ONCE, "there again", |view| ids(view) == survivors).await;
 }
 
 /// Resolves with the first view that lacks one of the members that never went away.

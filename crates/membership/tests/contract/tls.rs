@@ -1,11 +1,11 @@
 //! etcd over TLS: a real server that demands client certificates, which the test makes with openssl.
 
-use crate::etcd_cluster::find_etcd;
+use crate::etcd_cluster::{TRIES, choose_ports, directory, find_etcd, wait_until};
 use membership::{Error, EtcdTls, MembershipConfig, connect};
 use proto::Member;
 use std::{
     fs,
-    net::{Ipv4Addr, TcpListener},
+    net::{Ipv4Addr, TcpStream},
     path::Path,
     process::{Child, Command, Stdio},
     time::Duration,
@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn members_meet_over_tls_and_strangers_do_not() {
-    let dir = TempDir::new().unwrap();
+    let dir = directory();
     if !make_certificates(dir.path()) {
         println!("SKIPPED: etcd over TLS; install openssl, which makes the certificates");
         return;
@@ -43,7 +43,7 @@ async fn members_meet_over_tls_and_strangers_do_not() {
 /// What etcd refuses today it may take tomorrow: a connection is made with the files of the moment, not those of the first try.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_renewed_certificate_is_taken_up() {
-    let dir = TempDir::new().unwrap();
+    let dir = directory();
     if !make_certificates(dir.path()) {
         println!("SKIPPED: etcd over TLS; install openssl, which makes the certificates");
         return;
@@ -86,16 +86,32 @@ async fn a_wrong_file_is_named_at_start() {
 struct Server(Child);
 
 impl Server {
+    /// Once it listens.
     fn start(dir: &Path) -> (Self, String) {
-        let (client, peer) = (free_port(), format!("http://127.0.0.1:{}", free_port()));
-        let url = format!("https://localhost:{client}");
-        let listen = format!("https://127.0.0.1:{client}");
+        let started = (0..TRIES).find_map(|_| Server::try_start(dir, &choose_ports(2)));
+        started.expect("etcd listens, on one of several ports")
+    }
+
+    /// `None` if it ended instead.
+    fn try_start(dir: &Path, ports: &[u16]) -> Option<(Self, String)> {
+        let client = ports[0];
+        let mut server = Server::spawn(dir, client, &format!("http://127.0.0.1:{}", ports[1]));
+        let mut listens = false;
+        wait_until(PATIENCE, || {
+            listens = TcpStream::connect((Ipv4Addr::LOCALHOST, client)).is_ok();
+            listens || !matches!(server.0.try_wait(), Ok(None))
+        });
+        listens.then_some((server, format!("https://localhost:{client}")))
+    }
+
+    fn spawn(dir: &Path, port: u16, peer: &str) -> Self {
+        let (listen, data) = (format!("https://127.0.0.1:{port}"), format!("of-{port}"));
         let flags = [
-            ("--data-dir", "data"),
+            ("--data-dir", data.as_str()),
             ("--listen-client-urls", &listen),
             ("--advertise-client-urls", &listen),
-            ("--listen-peer-urls", &peer),
-            ("--initial-advertise-peer-urls", &peer),
+            ("--listen-peer-urls", peer),
+            ("--initial-advertise-peer-urls", peer),
             ("--initial-cluster", &format!("default={peer}")),
             ("--cert-file", "server.crt"),
             ("--key-file", "server.key"),
@@ -105,7 +121,7 @@ impl Server {
         let mut etcd = Command::new(find_etcd());
         etcd.args(flags.map(|(flag, value)| format!("{flag}={value}"))).current_dir(dir);
         let child = etcd.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        (Server(child.expect("etcd starts")), url)
+        Server(child.expect("etcd starts"))
     }
 }
 
@@ -114,10 +130,6 @@ impl Drop for Server {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
 }
 
 /// An authority, a server and a client that it knows, and a stranger. False without openssl.

@@ -17,6 +17,11 @@ use tempfile::TempDir;
 
 /// For an election on a busy machine, with room.
 const READY: Duration = Duration::from_secs(60);
+/// A port may be taken between its choice and its use: then others are chosen, so many times.
+pub const TRIES: usize = 3;
+/// Where files lie in memory, and what must be free there: each server takes 128 MiB before its first commit.
+const MEMORY: &str = "/dev/shm";
+const MEMORY_KIB: u64 = 4 << 20;
 
 pub struct EtcdCluster {
     servers: Vec<Server>,
@@ -43,9 +48,8 @@ impl EtcdCluster {
     /// Blocks until the cluster answers. Panics, saying what to do, if there is no etcd to run.
     pub fn start(servers: usize) -> Self {
         let binary = find_etcd();
-        // Somebody may take a port between its choice and its use: then choose again.
-        for _ in 0..3 {
-            if let Some(cluster) = Self::try_start(choose_ports(servers), binary.clone()) {
+        for _ in 0..TRIES {
+            if let Some(cluster) = Self::try_start(on_loopback(servers), binary.clone()) {
                 return cluster;
             }
         }
@@ -60,7 +64,7 @@ impl EtcdCluster {
     }
 
     fn try_start(servers: Vec<Server>, binary: PathBuf) -> Option<Self> {
-        let mut cluster = Self { servers, binary, dir: TempDir::new().expect("a temporary directory") };
+        let mut cluster = Self { servers, binary, dir: directory() };
         cluster.start_all();
         cluster.wait_until_ready().then_some(cluster)
     }
@@ -130,6 +134,16 @@ impl EtcdCluster {
             id == Some(leader)
         };
         statuses.iter().position(leads)
+    }
+
+    /// The same once there is one: a starved leader is voted out.
+    pub fn elected(&self) -> usize {
+        let mut leader = None;
+        wait_until(READY, || {
+            leader = self.leader();
+            leader.is_some()
+        });
+        leader.expect("a leader")
     }
 
     fn start_all(&mut self) {
@@ -248,18 +262,35 @@ fn field<'a>(json: &'a str, name: &str) -> Option<&'a str> {
     rest.split('"').next()
 }
 
-fn choose_ports(servers: usize) -> Vec<Server> {
-    // All held at once, so that no port is chosen twice.
-    let bind = |_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    let held: Vec<_> = (0..2 * servers).map(bind).collect();
-    let port = |listener: &TcpListener| listener.local_addr().expect("a bound port").port();
-    let server = |pair: &[TcpListener]| Server {
+fn on_loopback(servers: usize) -> Vec<Server> {
+    let server = |ports: &[u16]| Server {
         place: Place { ip: Ipv4Addr::LOCALHOST.to_string(), exec: Vec::new() },
-        client_port: port(&pair[0]),
-        peer_port: port(&pair[1]),
+        client_port: ports[0],
+        peer_port: ports[1],
         process: None,
     };
-    held.chunks(2).map(server).collect()
+    choose_ports(2 * servers).chunks(2).map(server).collect()
+}
+
+pub fn choose_ports(count: usize) -> Vec<u16> {
+    // All held at once, so that no port is chosen twice.
+    let bind = |_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    let held: Vec<_> = (0..count).map(bind).collect();
+    held.iter().map(|listener| listener.local_addr().expect("a bound port").port()).collect()
+}
+
+/// In memory if there is room: etcd commits nothing before it is on a disk, which others keep busy too.
+pub fn directory() -> TempDir {
+    let roomy = free_kib(MEMORY) >= Some(MEMORY_KIB);
+    let made = if roomy { TempDir::new_in(MEMORY) } else { TempDir::new() };
+    made.expect("a temporary directory")
+}
+
+/// By `df`, in whose last line the fourth word is what is free.
+fn free_kib(path: &str) -> Option<u64> {
+    let said = Command::new("df").args(["-Pk", path]).output().ok()?;
+    let said = String::from_utf8(said.stdout).ok()?;
+    said.lines().last()?.split_whitespace().nth(3)?.parse().ok()
 }
 
 pub fn find_etcd() -> PathBuf {
@@ -273,7 +304,7 @@ pub fn find_etcd() -> PathBuf {
     )
 }
 
-fn wait_until(timeout: Duration, mut done: impl FnMut() -> bool) {
+pub fn wait_until(timeout: Duration, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() && start.elapsed() < timeout {
         thread::sleep(Duration::from_millis(50));

@@ -4,6 +4,8 @@ use crate::client::{Live, get, request};
 use crate::fake::{Act, Cluster, answer, chat, encode, finished, started, tokens};
 use proto::FinishReason;
 use serde_json::{Value, json};
+use std::sync::Arc;
+use tokio::sync::Notify;
 
 const TEXT: &str = "A `Vec` grows – naïvely: 日本 🦀.";
 
@@ -102,10 +104,14 @@ async fn half_a_character_is_never_sent() {
 
 #[tokio::test]
 async fn other_choices_start_with_the_first_token_of_choice_0() {
-    let cluster = Cluster::start(|request| {
+    let first_token = Arc::new(Notify::new());
+    let word = first_token.clone();
+    let cluster = Cluster::start(move |request| {
         let choice = request.sequence.as_ref().unwrap().sampling.as_ref().unwrap().choice;
         let mut script = answer(request, &format!("choice {choice}"));
-        script.insert(1, Act::Wait(150));
+        if choice == 0 {
+            script.insert(1, Act::Await(word.clone()));
+        }
         script
     })
     .await;
@@ -117,6 +123,7 @@ async fn other_choices_start_with_the_first_token_of_choice_0() {
     .await;
     live.until("\"role\"").await;
     assert_eq!(cluster.asked().len(), 1, "the others wait for the first token");
+    first_token.notify_one();
     live.finish().await;
     let chunks = live.reply().chunks();
     for index in 0..3 {
@@ -135,6 +142,7 @@ async fn other_choices_start_with_the_first_token_of_choice_0() {
     let ids: std::collections::HashSet<_> = asked.iter().map(|sequence| &sequence.request_id).collect();
     assert_eq!(ids.len(), 3);
 
+    first_token.notify_one();
     let whole = cluster.chat(json!({"n": 2})).await.json();
     assert_eq!(whole["choices"][1]["message"]["content"], "choice 1");
     assert_eq!(whole["usage"]["completion_tokens"], 2 * (encode("choice 0").len() as u64 + 1));

@@ -76,6 +76,9 @@ pub async fn request(address: SocketAddr, method: &str, path: &str, headers: &st
     live.reply()
 }
 
+/// For what is promised soon, on a loaded machine.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
 /// A request whose reply is read as it comes. Dropping it closes the connection.
 pub struct Live {
     stream: TcpStream,
@@ -107,18 +110,32 @@ impl Live {
 
     /// Reads until what has come contains `text`.
     pub async fn until(&mut self, text: &str) {
+        self.until_after("", text).await;
+    }
+
+    /// The same, where only what follows the first `before` counts.
+    pub async fn until_after(&mut self, before: &str, text: &str) {
+        let found = |raw: &[u8]| {
+            let raw = String::from_utf8_lossy(raw);
+            raw.split_once(before).is_some_and(|(_, after)| after.contains(text))
+        };
         let reading = async {
-            while !String::from_utf8_lossy(&self.raw).contains(text) {
+            while !found(&self.raw) {
                 assert_ne!(self.stream.read_buf(&mut self.raw).await.unwrap(), 0, "the end without {text:?}");
             }
         };
-        let found = tokio::time::timeout(Duration::from_secs(5), reading).await;
-        assert!(found.is_ok(), "no {text:?} in {:?}", String::from_utf8_lossy(&self.raw));
+        let found = tokio::time::timeout(PATIENCE, reading).await;
+        assert!(found.is_ok(), "no {text:?} after {before:?} in {:?}", String::from_utf8_lossy(&self.raw));
     }
 
     pub async fn finish(&mut self) {
+        self.finish_within(PATIENCE).await;
+    }
+
+    pub async fn finish_within(&mut self, patience: Duration) {
         let reading = async { while self.stream.read_buf(&mut self.raw).await.unwrap_or(0) > 0 {} };
-        tokio::time::timeout(Duration::from_secs(10), reading).await.expect("a reply within 10 s");
+        let finished = tokio::time::timeout(patience, reading).await;
+        assert!(finished.is_ok(), "no whole reply within {patience:?}");
     }
 
     pub fn reply(&self) -> Reply {

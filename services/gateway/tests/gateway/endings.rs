@@ -1,13 +1,15 @@
 //! How answers end: stop strings, stop tokens, the client leaving, the gateway stopping.
 
-use crate::client::{Live, get};
+use crate::client::{Live, PATIENCE, get};
 use crate::fake::{Act, Cluster, answer, chat, completion, encode, endless, finished, started, tokens};
 use proto::generate_event::Event;
 use proto::{FinishReason, TokenLogprob};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 fn streamed(chunks: &[Value]) -> String {
@@ -84,14 +86,10 @@ async fn a_client_that_leaves_ends_the_call() {
     drop(streaming);
     cluster.left(2).await;
     let whole = Live::post(cluster.http, "/v1/chat/completions", &chat(json!({}))).await;
-    while cluster.asked().len() < 3 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    cluster.until_asked(3).await;
     drop(whole);
     cluster.left(3).await;
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    let metrics = get(cluster.http, "/metrics").await.body;
-    assert!(metrics.contains("{endpoint=\"/v1/chat/completions\",code=\"499\"} 2"), "{metrics}");
+    cluster.until_metric("{endpoint=\"/v1/chat/completions\",code=\"499\"} 2").await;
 }
 
 #[tokio::test]
@@ -99,6 +97,7 @@ async fn a_client_that_leaves_before_the_first_event_ends_the_call() {
     let cluster = Cluster::start(|_| vec![Act::Hang]).await;
     let mut waiting = Live::post(cluster.http, "/v1/chat/completions", &chat(json!({"stream": true}))).await;
     assert!(waiting.quiet_for(100).await, "headers wait for the first event");
+    cluster.until_asked(1).await;
     drop(waiting);
     cluster.left(1).await;
 }
@@ -109,26 +108,29 @@ async fn comments_keep_a_silent_stream_alive() {
         config.stream.commit_ms = 50;
         config.stream.keep_alive_ms = 50;
     };
-    let slow = |request: &proto::GenerateRequest| {
+    let slow = |request: &proto::GenerateRequest, pause: Act| {
         let mut script = answer(request, "late");
-        script.insert(0, Act::Wait(200));
-        script.insert(3, Act::Wait(120));
+        script.insert(0, pause.clone());
+        script.insert(3, pause);
         script
     };
-    let cluster = Cluster::with(slow, configure).await;
+    let go_on = Arc::new(Notify::new());
+    let word = go_on.clone();
+    let cluster = Cluster::with(move |request| slow(request, Act::Await(word.clone())), configure).await;
     let mut live = Live::post(cluster.http, "/v1/chat/completions", &chat(json!({"stream": true}))).await;
     live.until(": keep-alive\n\n").await;
     assert!(!live.reply().body.contains("role"), "the comment came before the first event");
+    go_on.notify_one();
+    live.until_after("role", ": keep-alive\n\n").await;
+    go_on.notify_one();
     live.finish().await;
-    let body = live.reply().body;
-    assert!(body.rfind(": keep-alive") > body.find("role"), "and again between tokens: {body}");
-    assert!(body.ends_with("data: [DONE]\n\n"));
+    assert!(live.reply().body.ends_with("data: [DONE]\n\n"));
 
     let never = |config: &mut gateway::Config| {
         config.stream.commit_ms = 50;
         config.stream.keep_alive_ms = 0;
     };
-    let cluster = Cluster::with(slow, never).await;
+    let cluster = Cluster::with(move |request| slow(request, Act::Wait(200)), never).await;
     assert!(!cluster.chat(json!({"stream": true})).await.body.contains("keep-alive"));
 }
 
@@ -138,7 +140,7 @@ fn marked(request: &proto::GenerateRequest) -> bool {
 }
 
 /// A gateway that is told to stop while it writes two answers, one that ends 200 ms later and one that would go on for ever.
-async fn stopped() -> (Cluster, Live, Live) {
+async fn stopped(drain_ms: u64) -> (Cluster, Live, Live) {
     let script = |request: &proto::GenerateRequest| {
         if marked(request) {
             return endless(request, "one");
@@ -147,7 +149,7 @@ async fn stopped() -> (Cluster, Live, Live) {
         script.insert(2, Act::Wait(200));
         script
     };
-    let mut cluster = Cluster::with(script, |config| config.timeouts.drain_ms = 600).await;
+    let mut cluster = Cluster::with(script, |config| config.timeouts.drain_ms = drain_ms).await;
     let mut short = Live::post(cluster.http, "/v1/chat/completions", &chat(json!({"stream": true}))).await;
     let mut long =
         Live::post(cluster.http, "/v1/chat/completions", &chat(json!({"stream": true, "max_tokens": 1})))
@@ -158,19 +160,19 @@ async fn stopped() -> (Cluster, Live, Live) {
     (cluster, short, long)
 }
 
-/// Until nobody listens there any more, for at most a second.
+/// Until nobody listens there any more.
 async fn closed(address: SocketAddr) {
     let refused = async {
         while TcpStream::connect(address).await.is_ok() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    timeout(Duration::from_secs(1), refused).await.expect("somebody still listens");
+    timeout(PATIENCE, refused).await.expect("somebody still listens");
 }
 
 #[tokio::test]
 async fn the_admin_port_is_there_until_the_drain_is_over() {
-    let (cluster, mut short, mut long) = stopped().await;
+    let (cluster, mut short, long) = stopped(10_000).await;
     closed(cluster.http).await;
     let ready = get(cluster.admin, "/ready").await;
     assert_eq!((ready.status, ready.body.as_str()), (503, "not ready: draining\n"));
@@ -178,16 +180,14 @@ async fn the_admin_port_is_there_until_the_drain_is_over() {
         assert_eq!(get(cluster.admin, path).await.status, 200, "{path}");
     }
     short.finish().await;
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    let metrics = get(cluster.admin, "/metrics").await.body;
-    assert!(metrics.contains("{endpoint=\"/v1/chat/completions\",code=\"200\"} 1"), "{metrics}");
-    long.finish().await;
+    cluster.until_metric("{endpoint=\"/v1/chat/completions\",code=\"200\"} 1").await;
+    drop(long);
     closed(cluster.admin).await;
 }
 
 #[tokio::test]
 async fn stopping_lets_answers_end_and_cuts_the_rest() {
-    let (cluster, mut short, mut long) = stopped().await;
+    let (cluster, mut short, mut long) = stopped(2_000).await;
     short.finish().await;
     assert!(short.reply().body.ends_with("[DONE]\n\n"));
     long.finish().await;
@@ -223,7 +223,7 @@ async fn streams_that_nobody_reads_hold_up_nobody_else() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     tokio::time::sleep(Duration::from_millis(500)).await;
-    let other = timeout(Duration::from_secs(5), cluster.complete(json!({"max_tokens": 1}))).await;
+    let other = timeout(PATIENCE, cluster.complete(json!({"max_tokens": 1}))).await;
     let other = other.expect("its tokens wait for streams that nobody reads");
     assert_eq!(other.status, 200, "{}", other.body);
 }

@@ -1,7 +1,7 @@
 //! A router that says what a test tells it to, over real gRPC, and remembers what it was asked; and a
 //! gateway in front of it.
 
-use crate::client::{self, Reply};
+use crate::client::{self, PATIENCE, Reply, get};
 use gateway::{Config, Server};
 use proto::generate_event::Event;
 use proto::router_server::{Router, RouterServer};
@@ -17,7 +17,8 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 use tokenizers::Tokenizer;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
@@ -27,6 +28,8 @@ use tonic::{Request, Response, Status};
 pub enum Act {
     Say(Event),
     Wait(u64),
+    /// Until the test says so.
+    Await(Arc<Notify>),
     /// Breaks off with this status.
     Fail(proto::Error),
     /// Ends the stream without an end.
@@ -112,18 +115,51 @@ impl Cluster {
         self.fake.asked.lock().unwrap().clone()
     }
 
-    /// Until the gateway has left this many calls, for at most a second.
-    pub async fn left(&self, calls: usize) {
-        let left = async {
-            while self.fake.left.load(Ordering::SeqCst) < calls {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        assert!(
-            tokio::time::timeout(Duration::from_secs(1), left).await.is_ok(),
-            "the call goes on though nobody reads it"
-        );
+    /// Until the router has been asked this often.
+    pub async fn until_asked(&self, times: usize) {
+        until("asked", async || self.fake.asked.lock().unwrap().len() >= times).await;
     }
+
+    /// Until the gateway has left this many calls.
+    pub async fn left(&self, calls: usize) {
+        let left = async || self.fake.left.load(Ordering::SeqCst) >= calls;
+        until("left: the call goes on though nobody reads it", left).await;
+    }
+
+    /// Until the admin port's metrics have this line.
+    pub async fn until_metric(&self, line: &str) {
+        until(line, async || get(self.admin, "/metrics").await.body.contains(line)).await;
+    }
+
+    /// Asserts what `/ready` says. It is how things are just now, unless finding out took too long: then it is asked again.
+    pub async fn ready(&self, status: u16, part: &str) -> Reply {
+        for _ in 0..10 {
+            let asked = Instant::now();
+            let ready = get(self.http, "/ready").await;
+            if ready.status == status && ready.body.contains(part) {
+                return ready;
+            }
+            assert!(
+                asked.elapsed() >= JUST_NOW,
+                "not {status} {part:?}, but {} {}",
+                ready.status,
+                ready.body
+            );
+        }
+        panic!("/ready was never fresh");
+    }
+}
+
+/// How long `/ready` waits for news.
+const JUST_NOW: Duration = Duration::from_secs(1);
+
+async fn until(what: &str, done: impl AsyncFn() -> bool) {
+    let waiting = async {
+        while !done().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(timeout(PATIENCE, waiting).await.is_ok(), "never {what}");
 }
 
 pub fn chat(extra: Value) -> Value {
@@ -205,6 +241,10 @@ async fn play(fake: Arc<Fake>, script: Vec<Act>, out: mpsc::Sender<Result<Genera
             Act::Say(event) => say(event).await.is_ok(),
             Act::Wait(ms) => {
                 tokio::time::sleep(Duration::from_millis(ms)).await;
+                !out.is_closed()
+            }
+            Act::Await(word) => {
+                word.notified().await;
                 !out.is_closed()
             }
             Act::Fail(error) => out.send(Err(error.into())).await.is_ok(),

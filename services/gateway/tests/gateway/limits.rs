@@ -157,7 +157,9 @@ async fn a_quadratic_template_is_stopped() {
         |count: usize| chat(json!({"messages": vec![json!({"role": "user", "content": "x"}); count]}));
     assert_eq!(post(cluster.http, CHAT, &messages(100)).await.status, 200);
     let began = std::time::Instant::now();
-    let reply = post(cluster.http, CHAT, &messages(2048)).await;
+    let mut live = Live::post(cluster.http, CHAT, &messages(2048)).await;
+    live.finish_within(Duration::from_secs(60)).await;
+    let reply = live.reply();
     assert_eq!(reply.error(), (400, "messages".into(), "invalid_value".into()));
     assert!(reply.body.contains("steps for these messages"), "{}", reply.body);
     println!("stopped after {:?}", began.elapsed());

@@ -142,7 +142,7 @@ async fn what_a_worker_says_against_it_is_passed_on() {
 async fn a_worker_that_cannot_be_reached_or_does_not_answer_is_named() {
     let files = Files::new();
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let gone = SocketAddr::from(([127, 0, 0, 1], 1));
     let breaks_off = Worker::says("", "").await;
     for (at, status, part) in [
         (gone, 502, "decode-1 cannot be told at"),

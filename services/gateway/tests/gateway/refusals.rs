@@ -77,7 +77,7 @@ async fn what_the_model_says_is_wrong() {
 async fn the_workers_shorter_context_holds() {
     let cluster = Cluster::start(|request| answer(request, "yes")).await;
     cluster.fake.members.lock().unwrap().iter_mut().for_each(|member| member.max_context = 100);
-    assert_eq!(get(cluster.http, "/ready").await.status, 200);
+    assert_eq!(get(cluster.http, "/status").await.status, 200, "it has heard of them");
     cluster.chat(json!({})).await;
     assert_eq!(cluster.asked()[0].sequence.as_ref().unwrap().stop.as_ref().unwrap().max_tokens, 91);
     assert_eq!(cluster.chat(json!({"max_tokens": 92})).await.error().2, "context_length_exceeded");
