@@ -15,10 +15,12 @@ pub trait Direct: Send + Sync {
     fn origin(&self) -> proto::Origin;
 
     /// Copies every piece from `origin`'s memory into this process's. Completes once nothing of it writes any more, be it
-    /// with [`KvError::Unreachable`]. Whoever asks holds the block until then.
+    /// with [`KvError::Unreachable`]; or with [`KvError::Lost`] when that will never be known. Whoever asks holds the block
+    /// until then, and a lost one for ever.
     fn read(&self, origin: &proto::Origin, pieces: Vec<Piece>) -> Transfer<()>;
 
-    /// Destroys what reads from `origin`, so that the reads under way complete; a later read connects again.
+    /// Reads from `origin` take too long. Nothing can stop those under way: they complete when they do, and until the last of
+    /// them has, further ones are refused.
     fn sever(&self, origin: &proto::Origin);
 }
 

@@ -12,15 +12,13 @@ use crate::{
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use kv::{BlockId, KvError, Pieces, StepId};
 use proto::{ErrorCode, deliver_reply::Reply as Wire};
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, future::pending, time::Duration};
 use tokio::{sync::mpsc, time::Instant};
 
 /// Messages that may wait for one reservation; each carries at most one block.
 const INBOX: usize = 4;
 /// Writes in flight beyond which no more messages are taken in.
 const MOST_WRITES: usize = 64;
-/// How long to sleep when nothing is due.
-const NO_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
 /// Index and bytes of a block, and how its copy ended.
 type Write = BoxFuture<'static, (u32, u64, Result<(), KvError>)>;
@@ -69,6 +67,8 @@ pub enum Outcome {
     Expired,
     /// This worker's own device has not copied a block in time. Both sides live, so nothing else would end the wait.
     Stalled,
+    /// A block was not read from the other side in time, or it is not known whether the read still writes.
+    Severed,
 }
 
 /// What has come in.
@@ -81,6 +81,8 @@ pub struct Received {
     pub refused: u32,
     /// Writes that had not landed within the patience of the plan.
     pub overdue: u32,
+    /// Writes whose end will never be known.
+    pub lost: u32,
     /// From the first offer to the end.
     pub elapsed: Duration,
 }
@@ -164,13 +166,13 @@ impl Incoming {
             if let Some(outcome) = self.outcome.take() {
                 return outcome;
             }
-            let due = self.receiver.deadline().unwrap_or(NO_DEADLINE);
+            let due = due(self.start, &self.receiver);
             tokio::select! {
                 // What has come in counts before the time it took to get here.
                 biased;
                 Some((index, bytes, result)) = self.writes.next() => self.written(index, bytes, result),
                 Some(parcel) = self.inbox.recv(), if self.writes.len() < MOST_WRITES => self.take(parcel),
-                () = tokio::time::sleep_until(self.start + due) => self.on(Event::Tick, NOBODY),
+                () = due => self.on(Event::Tick, NOBODY),
             }
         }
     }
@@ -355,6 +357,7 @@ impl Incoming {
                 self.received.blocks += 1;
                 self.on(Event::Written { index }, NOBODY);
             }
+            Err(error @ KvError::Lost(_)) => self.lose(index, &error),
             Err(error) => {
                 self.fault = Some(self.spoiled(index, &error));
                 self.on(Event::Spoiled { index }, NOBODY);
@@ -362,8 +365,19 @@ impl Incoming {
         }
     }
 
-    /// Where the writer is this worker's own device, no deadline can stop it: the block waits until the device has copied or
-    /// is given up itself. A read from the other side ends with the connection. Whoever reads logs and metrics knows.
+    fn lose(&mut self, index: u32, error: &KvError) {
+        self.received.lost += 1;
+        tracing::warn!(
+            index,
+            %error,
+            "a KV block stays quarantined as long as this worker lives; restart the worker once it lacks blocks"
+        );
+        self.outcome.get_or_insert(Outcome::Severed);
+        self.on(Event::Astray { index }, NOBODY);
+    }
+
+    /// No deadline can stop what writes, be it this worker's own device or a read from the other side: the reservation ends,
+    /// and the block waits. Whoever reads logs and metrics knows.
     fn sever(&mut self, index: u32) {
         self.received.overdue += 1;
         let patience = self.plan.patience.landing;
@@ -374,14 +388,14 @@ impl Incoming {
                 index,
                 ?patience,
                 peer = origin.name,
-                "a block was not read in time: its connection is closed"
+                "a block was not read in time: until the read has ended the block is quarantined, and nothing more is \
+                 read from this peer"
             );
+            self.outcome.get_or_insert(Outcome::Severed);
             return direct.sever(origin);
         }
         tracing::error!(index, ?patience, "a block has not landed in time: does the device still copy?");
-        if self.receiver.state() == State::Receiving {
-            self.outcome.get_or_insert(Outcome::Stalled);
-        }
+        self.outcome = Some(Outcome::Stalled);
     }
 
     fn spoiled(&mut self, index: u32, error: &KvError) -> proto::Error {
@@ -438,18 +452,29 @@ impl Unsettled {
         self.0.receiver.writing()
     }
 
-    /// Waits for the last write. How many came later than the patience of the plan allows.
-    pub async fn settle(self) -> u32 {
+    /// Waits for the last write; for ever if the end of one will never be known. `late` hears each time what is new.
+    pub async fn settle(self, late: impl Fn(Received)) {
         let Unsettled(mut it) = self;
-        let before = it.received.overdue;
         while it.receiver.state() == State::Quarantined {
-            let due = it.receiver.deadline().unwrap_or(NO_DEADLINE);
+            it.received = Received::default();
+            let due = due(it.start, &it.receiver);
             tokio::select! {
                 Some((index, bytes, result)) = it.writes.next() => it.written(index, bytes, result),
-                () = tokio::time::sleep_until(it.start + due) => it.on(Event::Tick, NOBODY),
+                () = due => it.on(Event::Tick, NOBODY),
             }
+            late(it.received);
         }
-        it.received.overdue - before
+    }
+}
+
+/// Resolves at the next deadline.
+fn due(start: Instant, receiver: &Receiver) -> impl Future<Output = ()> + use<> {
+    let due = receiver.deadline();
+    async move {
+        match due {
+            Some(due) => tokio::time::sleep_until(start + due).await,
+            None => pending().await,
+        }
     }
 }
 

@@ -28,6 +28,10 @@ pub enum Event {
     Spoiled {
         index: u32,
     },
+    /// How a write ends will never be known; nothing else is told of it.
+    Astray {
+        index: u32,
+    },
     Commit {
         epoch: u32,
         finished: bool,
@@ -65,7 +69,7 @@ pub enum Action {
     Expire,
     /// Let the blocks go but those of [`Receiver::writing`]: they are nobody's until [`Action::Free`].
     Quarantine,
-    /// A write has not landed in time: destroy what writes, so that it never will; then tell [`Event::Spoiled`].
+    /// A write has not landed in time: ask nothing more of whoever writes. It may land at any time, and is told then.
     Sever { index: u32 },
     /// Let go what is still held. Nothing writes into it any more.
     Free,
@@ -175,6 +179,7 @@ impl Receiver {
         match event {
             Event::Written { index } => self.landed(index, true, now),
             Event::Spoiled { index } => self.landed(index, false, now),
+            Event::Astray { index } => self.astray(index),
             Event::Advance { epoch } => self.advance(epoch, now),
             Event::Cancel => self.cancel(),
             Event::Tick => self.tick(now),
@@ -282,6 +287,15 @@ impl Receiver {
         actions
     }
 
+    /// No reservation can be filled whose block may be written into for ever.
+    fn astray(&mut self, index: u32) -> Vec<Action> {
+        match self.blocks.get_mut(index as usize) {
+            Some(Block::Writing { until, .. }) => *until = None,
+            _ => return Vec::new(),
+        }
+        self.cancel()
+    }
+
     fn commit(&mut self, finished: bool, now: Now) -> Vec<Action> {
         if self.state != State::Receiving {
             return self.reply(self.verdict());
@@ -358,8 +372,12 @@ impl Receiver {
         Vec::new()
     }
 
+    /// A write that is overdue may never land, and its block can be offered to nobody else before: the reservation ends.
     fn tick(&mut self, now: Now) -> Vec<Action> {
         let mut actions = self.sever_overdue(now);
+        if !actions.is_empty() {
+            actions.extend(self.cancel());
+        }
         if self.state != State::Receiving || now < self.heard + self.allowed() {
             return actions;
         }

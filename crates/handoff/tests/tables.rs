@@ -109,6 +109,7 @@ fn receiver() -> String {
         ("Offer of no block of the sequence", Event::Offer { epoch: 2, index: 9 }, Now::ZERO),
         ("Written", written, Now::ZERO),
         ("Spoiled", Event::Spoiled { index: 1 }, Now::ZERO),
+        ("Astray", Event::Astray { index: 1 }, Now::ZERO),
         ("Commit", commit, Now::ZERO),
         ("Commit, finished", last, Now::ZERO),
         ("Advance of epoch 2", Event::Advance { epoch: 2 }, Now::ZERO),

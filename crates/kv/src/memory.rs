@@ -20,6 +20,9 @@ pub enum KvError {
     NoRegion(&'static str),
     #[error("the memory of the other worker cannot be read: {0}")]
     Unreachable(String),
+    /// The block may never be used again.
+    #[error("whether anything still writes into the block will never be known: {0}")]
+    Lost(String),
     /// The block must not be used.
     #[error(
         "what landed has digest {:016x} and was sent with {:016x}: damaged on the way, or of another prefix or place",

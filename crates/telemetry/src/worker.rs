@@ -14,6 +14,8 @@ pub struct Metrics {
     pub handoff_refused: Counters,
     /// Blocks that had not landed in time, by transport.
     pub handoff_overdue: Counters,
+    /// Blocks quarantined for good, by transport.
+    pub handoff_lost: Counters,
     /// From first offer to last accept.
     pub handoff_seconds: Histogram,
     /// By outcome.
@@ -32,6 +34,7 @@ impl Metrics {
             handoff_bytes: Counters::default(),
             handoff_refused: Counters::default(),
             handoff_overdue: Counters::default(),
+            handoff_lost: Counters::default(),
             handoff_seconds: Buckets::REQUEST.histogram(),
             handoffs: Counters::default(),
             step_seconds: histograms(Buckets::STEP),
@@ -60,6 +63,10 @@ impl Metrics {
         self.handoff_overdue.get_or_create(&vec![("transport", transport.to_owned())]).inc_by(blocks);
     }
 
+    pub fn count_lost(&self, transport: &str, blocks: u64) {
+        self.handoff_lost.get_or_create(&vec![("transport", transport.to_owned())]).inc_by(blocks);
+    }
+
     pub fn count_handoff(&self, outcome: &str) {
         self.handoffs.get_or_create(&vec![("outcome", outcome.to_owned())]).inc();
     }
@@ -83,6 +90,11 @@ impl Metrics {
             "baton_handoff_blocks_overdue",
             "Blocks whose bytes had not landed in time, by transport",
             m.handoff_overdue,
+        );
+        registry.register(
+            "baton_handoff_blocks_lost",
+            "Blocks quarantined as long as the worker lives, for a read into them may never have ended, by transport",
+            m.handoff_lost,
         );
         registry.register("baton_handoff_seconds", "From first offer to last accept", m.handoff_seconds);
         registry.register("baton_handoffs", "Hand-offs ended, by outcome", m.handoffs);

@@ -115,8 +115,8 @@ pub struct Liveness {
     pub silence_ms: u64,
     /// How long a reservation waits for a delivery to open, or for the router after one was lost.
     pub reservation_ms: u64,
-    /// How long a block's bytes may take to land. A block into which something still writes when its reservation ends
-    /// is quarantined; over RDMA for at most this long, then what writes is destroyed.
+    /// How long a block's bytes may take to land; then the reservation ends. A block into which something still writes when its
+    /// reservation ends is quarantined until that has ended.
     pub landing_ms: u64,
     /// A router that takes no event for this long is given up.
     pub stalled_ms: u64,

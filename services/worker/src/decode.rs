@@ -28,6 +28,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
+const UNREAD: &str = "a block could not be read from the prefill worker's memory";
+
 #[derive(Clone)]
 pub struct DecodeService(pub Arc<Shared>);
 
@@ -148,6 +150,7 @@ impl Life {
                 self.finished_at_once(commit).await
             }
             (Outcome::Stalled, _) => Err(engine_lost("its device has not copied a block in time").into()),
+            (Outcome::Severed, _) => Err(Error::new(ErrorCode::Deadline, UNREAD).into()),
             _ => Err(Error::new(ErrorCode::Deadline, "no prefill delivered in time").into()),
         }
     }
@@ -310,7 +313,8 @@ impl Life {
 }
 
 /// Ends the hand-off. The reservation, unless something still writes into its blocks: these are then quarantined until
-/// it has ended, and the others free. `stalled`: it is overdue, and until then this worker is no good to anybody.
+/// it has ended, and the others free. `stalled`: it is overdue, and until then this worker is no good to anybody. A drain does
+/// not wait: what writes ends with the process, and may not end before.
 async fn settle(
     shared: &Arc<Shared>,
     reservation: Reservation,
@@ -321,8 +325,8 @@ async fn settle(
     let stall = stalled.then(|| shared.stall());
     let quarantine = reservation.quarantine(unsettled.writing()).await;
     let metrics = shared.metrics.clone();
-    shared.spawn(async move {
-        metrics.overdue(unsettled.settle().await);
+    tokio::spawn(async move {
+        unsettled.settle(|received| metrics.late(&received)).await;
         drop((quarantine, stall));
     });
     None

@@ -60,7 +60,7 @@ impl Metrics {
     pub fn handed_off(&self, received: &Received, outcome: &Result<Outcome, Stop>) {
         self.inner.count_bytes(self.transport, received.bytes);
         self.inner.count_refused(self.transport, received.refused.into());
-        self.overdue(received.overdue);
+        self.late(received);
         self.inner.count_handoff(label(outcome));
         self.total(|totals| totals.handoff_bytes += received.bytes);
         if received.blocks > 0 && matches!(outcome, Ok(Outcome::Complete(_))) {
@@ -72,9 +72,10 @@ impl Metrics {
         }
     }
 
-    /// Blocks that took longer to land than they may.
-    pub fn overdue(&self, blocks: u32) {
-        self.inner.count_overdue(self.transport, blocks.into());
+    /// Blocks that took longer to land than they may, and those of which nobody will ever know.
+    pub fn late(&self, received: &Received) {
+        self.inner.count_overdue(self.transport, received.overdue.into());
+        self.inner.count_lost(self.transport, received.lost.into());
     }
 }
 
@@ -85,6 +86,6 @@ fn label(outcome: &Result<Outcome, Stop>) -> &'static str {
         Ok(Outcome::Expired) => "expired",
         Err(Stop::Gone) => "cancelled",
         Err(Stop::Failed(error)) if error.code() == ErrorCode::Draining => "cancelled",
-        Ok(Outcome::Stalled) | Err(Stop::Failed(_)) => "failed",
+        Ok(Outcome::Stalled | Outcome::Severed) | Err(Stop::Failed(_)) => "failed",
     }
 }

@@ -1,5 +1,10 @@
 //! NIXL's agent and the thread that owns it. Reads are posted in the order of asking and complete in any; a peer's
 //! metadata is loaded with the first read from it and forgotten when others have taken its place.
+//!
+//! A read has ended when NIXL says of each piece that it has succeeded, and at no other time. NIXL cannot stop one: what it
+//! calls cancelling leaves the copy under way, closing a connection waits for nothing, and of a read whose peer it was told to
+//! forget it says that it is not found without having looked. So a peer is forgotten only while nothing is being read from
+//! it, a piece that has not ended is asked for as long as it takes, and one that failed is lost: it may still be written.
 
 use crate::{
     Error,
@@ -11,11 +16,12 @@ use nixl_sys::{
     XferDescList, XferOp, XferRequest, XferStatus,
 };
 use std::{
-    collections::VecDeque,
+    collections::{HashSet, VecDeque},
     ffi::{c_int, c_void},
+    mem,
     sync::{
         Arc, Once,
-        mpsc::{self, Receiver, SyncSender, TryRecvError},
+        mpsc::{self, Receiver, SendError, SyncSender, TryRecvError},
     },
     thread,
     time::Duration,
@@ -34,6 +40,9 @@ const PLUGIN: &str = "UCX";
 const INSTALL: &str = "install NIXL (pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1) and start with \
     LD_LIBRARY_PATH=SITE/.nixl_cu12.mesonpy.libs:SITE/nixl_cu12.libs NIXL_PLUGIN_DIR=SITE/nixl_cu12.libs/nixl, SITE \
     being pip's site-packages, or use --transport grpc";
+
+const STANDS_STILL: &str = "reads from it that took too long have not ended, and before they have no other begins; does that worker \
+    stand still, or the way to it?";
 
 pub struct Nixl {
     origin: proto::Origin,
@@ -94,7 +103,10 @@ impl Direct for Nixl {
 
     fn read(&self, origin: &proto::Origin, pieces: Vec<Piece>) -> Transfer<()> {
         let (reply, transfer) = kv::transfer();
-        let _ = self.commands.send(Command::Read(origin.clone(), pieces, reply));
+        let command = Command::Read(origin.clone(), pieces, reply);
+        if let Err(SendError(Command::Read(_, _, reply))) = self.commands.send(command) {
+            let _ = reply.send(Err(KvError::Unreachable("NIXL's thread has ended".to_owned())));
+        }
         transfer
     }
 
@@ -149,7 +161,8 @@ impl NixlDescriptor for Registered {
     }
 }
 
-/// The thread's own. Fields are dropped in order: reads, then the registration, then the agent, then what was registered.
+/// The thread's own. Fields are dropped in order: reads, then the registration, then the agent, then what was registered. None
+/// is once a read was lost: it may use them all.
 struct Watch {
     flying: Vec<Flying>,
     _registration: RegistrationHandle,
@@ -157,11 +170,17 @@ struct Watch {
     options: OptArgs,
     /// Least recently used first.
     peers: VecDeque<String>,
+    /// Nothing more is read from these before they are forgotten, which waits for what is being read from them.
+    severed: HashSet<String>,
+    lost: bool,
     _region: Arc<Registered>,
 }
 
 struct Flying {
-    request: XferRequest,
+    /// A request for each piece that has not ended: of one for several NIXL keeps the last only.
+    pieces: Vec<XferRequest>,
+    /// Why the end of a piece will never be known.
+    lost: Option<NixlError>,
     peer: String,
     reply: Reply<()>,
 }
@@ -187,8 +206,16 @@ impl Watch {
         })?;
         let metadata = agent.get_local_md().map_err(|error| failed("metadata", &error))?;
         let origin = proto::Origin { name: name.to_owned(), metadata: metadata.into() };
-        let (flying, peers) = (Vec::new(), VecDeque::new());
-        let watch = Watch { flying, _registration: registration, agent, options, peers, _region: region };
+        let watch = Watch {
+            flying: Vec::new(),
+            _registration: registration,
+            agent,
+            options,
+            peers: VecDeque::new(),
+            severed: HashSet::new(),
+            lost: false,
+            _region: region,
+        };
         Ok((watch, origin))
     }
 
@@ -201,35 +228,61 @@ impl Watch {
             };
             match command {
                 Ok(Command::Read(origin, pieces, reply)) => self.begin(&origin, &pieces, reply),
-                Ok(Command::Sever(peer)) => self.forget(&peer),
-                Err(TryRecvError::Disconnected) if self.flying.is_empty() => return,
+                Ok(Command::Sever(peer)) => drop(self.severed.insert(peer)),
+                Err(TryRecvError::Disconnected) if self.flying.is_empty() => return self.end(),
                 Err(_) => self.look(),
             }
+            self.forget_severed();
+        }
+    }
+
+    fn end(self) {
+        if self.lost {
+            mem::forget(self);
         }
     }
 
     fn begin(&mut self, origin: &proto::Origin, pieces: &[Piece], reply: Reply<()>) {
-        match self.post(origin, pieces) {
-            Ok(request) => self.flying.push(Flying { request, peer: origin.name.clone(), reply }),
+        let peer = origin.name.clone();
+        if self.severed.contains(&peer) {
+            let _ = reply.send(Err(unreachable(&peer, &STANDS_STILL)));
+            return;
+        }
+        match self.prepare(origin, pieces) {
+            Ok(requests) => self.post(requests, Flying { pieces: Vec::new(), lost: None, peer, reply }),
             Err(error) => {
-                // Whatever is wrong with what is known of it: the next read loads it anew.
-                self.forget(&origin.name);
-                let _ = reply.send(Err(unreachable(&origin.name, &error)));
+                let _ = reply.send(Err(unreachable(&peer, &error)));
+                // Whatever is wrong with what is known of it: a later read loads it anew.
+                self.severed.insert(peer);
             }
         }
     }
 
-    fn post(&mut self, origin: &proto::Origin, pieces: &[Piece]) -> Result<XferRequest, NixlError> {
-        self.know(origin)?;
-        let (mut from, mut to) = (XferDescList::new(MemType::Dram)?, XferDescList::new(MemType::Dram)?);
-        for piece in pieces {
-            from.add_desc(piece.from, piece.bytes, 0);
-            to.add_desc(piece.to, piece.bytes, 0);
+    /// An error does not say whether something was begun.
+    fn post(&mut self, requests: Vec<XferRequest>, mut flying: Flying) {
+        for request in requests {
+            match self.agent.post_xfer_req(&request, None) {
+                Ok(_) => flying.pieces.push(request),
+                Err(error) => {
+                    flying.lose(request, error);
+                    break;
+                }
+            }
         }
-        let options = Some(&self.options);
-        let request = self.agent.create_xfer_req(XferOp::Read, &to, &from, &origin.name, options)?;
-        self.agent.post_xfer_req(&request, None)?;
-        Ok(request)
+        self.flying.push(flying);
+    }
+
+    /// Nothing is read yet.
+    fn prepare(&mut self, origin: &proto::Origin, pieces: &[Piece]) -> Result<Vec<XferRequest>, NixlError> {
+        self.know(origin)?;
+        pieces.iter().map(|piece| self.request(&origin.name, piece)).collect()
+    }
+
+    fn request(&self, peer: &str, piece: &Piece) -> Result<XferRequest, NixlError> {
+        let (mut from, mut to) = (XferDescList::new(MemType::Dram)?, XferDescList::new(MemType::Dram)?);
+        from.add_desc(piece.from, piece.bytes, 0);
+        to.add_desc(piece.to, piece.bytes, 0);
+        self.agent.create_xfer_req(XferOp::Read, &to, &from, peer, Some(&self.options))
     }
 
     /// Makes the peer the one used last.
@@ -247,15 +300,27 @@ impl Watch {
 
     /// Peers from which something is being read stay.
     fn make_room(&mut self) {
-        let busy = |peer: &String| self.flying.iter().any(|flying| flying.peer == *peer);
         if self.peers.len() >= PEERS
-            && let Some(oldest) = self.peers.iter().find(|peer| !busy(peer)).cloned()
+            && let Some(oldest) = self.peers.iter().find(|peer| !self.reads_from(peer)).cloned()
         {
             self.forget(&oldest);
         }
     }
 
-    /// Closes the connection; reads under way through it then end.
+    fn reads_from(&self, peer: &str) -> bool {
+        self.flying.iter().any(|flying| flying.peer == *peer)
+    }
+
+    /// The next read from each loads it anew.
+    fn forget_severed(&mut self) {
+        let idle: Vec<String> = self.severed.iter().filter(|peer| !self.reads_from(peer)).cloned().collect();
+        for peer in idle {
+            self.severed.remove(&peer);
+            self.forget(&peer);
+        }
+    }
+
+    /// Closes the connection. To be called only while nothing is being read from the peer.
     fn forget(&mut self, peer: &str) {
         self.peers.retain(|known| known != peer);
         if let Err(error) = self.agent.invalidate_remote_md(peer) {
@@ -266,33 +331,54 @@ impl Watch {
     /// Answers every read that has ended, and waits a little if none has.
     fn look(&mut self) {
         let before = self.flying.len();
-        let (agent, mut still) = (&self.agent, Vec::with_capacity(before));
-        for flying in self.flying.drain(..) {
-            match agent.get_xfer_status(&flying.request) {
-                Ok(XferStatus::InProgress) => still.push(flying),
-                Ok(XferStatus::Success) => flying.end(Ok(())),
-                Err(error) => {
-                    let error = unreachable(&flying.peer, &error);
-                    flying.end(Err(error));
-                }
+        for mut flying in mem::take(&mut self.flying) {
+            flying.look(&self.agent);
+            match flying.pieces.is_empty() {
+                true => self.tell(flying),
+                false => self.flying.push(flying),
             }
         }
-        self.flying = still;
         if self.flying.len() == before {
-            thread::sleep(PAUSE);
+            thread::sleep(self.pause());
         }
+    }
+
+    /// What has taken too long already may take hours.
+    fn pause(&self) -> Duration {
+        let hurried = self.flying.iter().any(|flying| !self.severed.contains(&flying.peer));
+        if hurried { PAUSE } else { DOZE }
+    }
+
+    fn tell(&mut self, Flying { lost, peer, reply, .. }: Flying) {
+        let ended = lost.map_or(Ok(()), |error| Err(KvError::Lost(format!("NIXL, from {peer}: {error}"))));
+        if ended.is_err() {
+            self.lost = true;
+            // NIXL wants the connection made anew after an error.
+            self.severed.insert(peer);
+        }
+        let _ = reply.send(ended);
     }
 }
 
 impl Flying {
-    /// Released first: whoever is told may use the memory.
-    fn end(self, outcome: Result<(), KvError>) {
-        let Flying { request, reply, .. } = self;
-        drop(request);
-        let _ = reply.send(outcome);
+    /// What has ended is released before anybody is told, who may use the memory.
+    fn look(&mut self, agent: &Agent) {
+        for request in mem::take(&mut self.pieces) {
+            match agent.get_xfer_status(&request) {
+                Ok(XferStatus::InProgress) => self.pieces.push(request),
+                Ok(XferStatus::Success) => drop(request),
+                Err(error) => self.lose(request, error),
+            }
+        }
+    }
+
+    /// After an error NIXL looks no more at what it has not seen end, and may use the request for it. So it is kept.
+    fn lose(&mut self, request: XferRequest, error: NixlError) {
+        mem::forget(request);
+        self.lost = Some(error);
     }
 }
 
-fn unreachable(peer: &str, error: &NixlError) -> KvError {
+fn unreachable(peer: &str, error: &dyn std::fmt::Display) -> KvError {
     KvError::Unreachable(format!("NIXL, from {peer}: {error}"))
 }

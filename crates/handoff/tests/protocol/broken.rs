@@ -29,8 +29,10 @@ pub enum Broken {
     NoDigest,
     /// The router gives each first token that it hears.
     RepeatsFirst,
-    /// Decode leaves what is being written into to itself.
-    NeverSevers,
+    /// Decode takes a write that it has severed for one that has ended.
+    SeveredEnded,
+    /// Decode takes a write whose end it will never know for one that has ended.
+    LostEnded,
 }
 
 impl Protocol {
@@ -83,8 +85,12 @@ impl Protocol {
         }
     }
 
-    pub fn severs(&self) -> bool {
-        !self.is(Broken::NeverSevers)
+    pub fn takes_severed_for_ended(&self) -> bool {
+        self.is(Broken::SeveredEnded)
+    }
+
+    pub fn takes_lost_for_ended(&self) -> bool {
+        self.is(Broken::LostEnded)
     }
 
     pub fn sender_on(&self, it: &mut Sender, event: sender::Event) -> Vec<sender::Action> {

@@ -32,9 +32,18 @@ pub struct Block {
     keeper: Keeper,
     /// Being copied into it.
     landing: Option<Bytes>,
-    /// That copy will not end by itself.
-    hangs: bool,
+    fate: Fate,
     content: Option<Bytes>,
+}
+
+/// What becomes of the copy into a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Fate {
+    Lands,
+    /// At some time, or never.
+    Hangs,
+    /// Likewise, and this worker will not know.
+    Lost,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,7 +56,7 @@ enum Keeper {
 
 impl Held {
     fn new(blocks: u32) -> Held {
-        let block = Block { keeper: Keeper::Call, landing: None, hangs: false, content: None };
+        let block = Block { keeper: Keeper::Call, landing: None, fate: Fate::Lands, content: None };
         Held {
             receiver: Receiver::new(blocks, 0, PATIENCE, Now::ZERO),
             blocks: vec![block; blocks as usize],
@@ -59,12 +68,31 @@ impl Held {
 
     /// Blocks whose write may land.
     pub fn landing(&self) -> impl Iterator<Item = u32> {
-        let lands = |block: &Block| block.landing.is_some() && !block.hangs;
-        (0u32..).zip(&self.blocks).filter(move |(_, block)| lands(block)).map(|(index, _)| index)
+        self.indices(|block| block.landing.is_some())
     }
 
-    pub fn hangs(&self) -> bool {
-        self.blocks.iter().any(|block| block.hangs)
+    /// Of these, those whose write will, as far as anybody knows.
+    pub fn lands(&self) -> impl Iterator<Item = u32> {
+        self.indices(|block| block.landing.is_some() && block.fate == Fate::Lands)
+    }
+
+    /// And those whose write hangs.
+    pub fn hanging(&self) -> impl Iterator<Item = u32> {
+        self.indices(|block| block.landing.is_some() && block.fate == Fate::Hangs)
+    }
+
+    fn indices(&self, of: impl Fn(&Block) -> bool) -> impl Iterator<Item = u32> {
+        (0u32..).zip(&self.blocks).filter(move |(_, block)| of(block)).map(|(index, _)| index)
+    }
+
+    pub fn has_lost(&self) -> bool {
+        self.blocks.iter().any(|block| block.fate == Fate::Lost)
+    }
+
+    /// Into one of its blocks something may write for ever, and what is held is nobody's.
+    pub fn only_quarantines(&self) -> bool {
+        let may_write = self.blocks.iter().any(|block| block.fate != Fate::Lands);
+        may_write && self.running.is_none() && self.blocks.iter().all(|block| block.keeper != Keeper::Call)
     }
 
     pub fn quarantines(&self) -> bool {
@@ -85,7 +113,7 @@ impl Step<'_> {
     pub fn decode_hears(&mut self, message: Message) {
         match message {
             Message::Start { call } => self.reserve(call),
-            Message::Advance { call, epoch } => self.decode_on(call, Event::Advance { epoch }, None),
+            Message::Advance { call, epoch } => self.advance(call, epoch),
             Message::Offer { call, epoch, index, bytes } => {
                 self.delivered_to(call, epoch, Event::Offer { epoch, index }, Some(bytes));
             }
@@ -99,6 +127,14 @@ impl Step<'_> {
         let epoch = held.receiver.epoch();
         self.state.decode.insert(call, held);
         self.send(Message::Reserved { call, epoch });
+    }
+
+    /// What keeps blocks and is no reservation any more has no router's call.
+    fn advance(&mut self, call: Call, epoch: u32) {
+        let ended = |held: &Held| matches!(held.receiver.state(), State::Quarantined | State::Closed);
+        if !self.state.decode.get(&call).is_some_and(ended) {
+            self.decode_on(call, Event::Advance { epoch }, None);
+        }
     }
 
     /// A delivery to a reservation that is not here is told so.
@@ -156,17 +192,35 @@ impl Step<'_> {
         let Some(bytes) = block.landing.take() else { return };
         let intact = bytes == Bytes::Right || self.protocol.trusts_bytes();
         block.content = intact.then_some(bytes);
+        let told = block.fate != Fate::Lost;
+        if told {
+            block.fate = Fate::Lands;
+        }
         if block.keeper == Keeper::Nobody {
             self.violate(Violation::WrittenAfterFree);
+        }
+        if !told {
+            return;
         }
         let event = if intact { Event::Written { index } } else { Event::Spoiled { index } };
         self.decode_on(call, event, None);
     }
 
-    /// Whoever is read from has died without a word.
+    /// Whoever is read from stands still, or has died without a word.
     pub fn hang(&mut self, call: Call, index: u32) {
         self.state.left.hangs -= 1;
-        self.state.decode.get_mut(&call).expect("it is held").blocks[index as usize].hangs = true;
+        self.state.decode.get_mut(&call).expect("it is held").blocks[index as usize].fate = Fate::Hangs;
+    }
+
+    /// What reads gives no more answers.
+    pub fn go_astray(&mut self, call: Call, index: u32) {
+        self.state.decode.get_mut(&call).expect("it is held").blocks[index as usize].fate = Fate::Lost;
+        let event = if self.protocol.takes_lost_for_ended() {
+            Event::Spoiled { index }
+        } else {
+            Event::Astray { index }
+        };
+        self.decode_on(call, event, None);
     }
 
     pub fn end_decoding(&mut self, call: Call, preempted: bool) {
@@ -226,16 +280,13 @@ impl Step<'_> {
             Action::Free => self.free(call),
             // The router hears the call end, as it does in any other way.
             Action::Expire => {}
-            // What writes is destroyed: not until all else that follows from this event is done.
+            // It stops nothing.
             Action::Sever { .. } => {}
         }
     }
 
     fn severed(&mut self, call: Call, index: u32) {
-        if self.protocol.severs() {
-            let held = self.state.decode.get_mut(&call).expect("it is held");
-            let block = &mut held.blocks[index as usize];
-            (block.landing, block.hangs) = (None, false);
+        if self.protocol.takes_severed_for_ended() {
             self.decode_on(call, Event::Spoiled { index }, None);
         }
     }

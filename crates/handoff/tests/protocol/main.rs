@@ -127,5 +127,6 @@ fn a_machine_that_breaks_a_rule_is_found_out() {
     find_out(Broken::LateCommit, SAME_TOKEN, EPOCHS);
     find_out(Broken::NoDigest, COMPLETE, faults(Faults { damages: 1, ..NONE }));
     find_out(Broken::RepeatsFirst, FIRST_ONCE, DELIVERY);
-    find_out(Broken::NeverSevers, ENDS, faults(Faults { hangs: 1, ..NONE }));
+    find_out(Broken::SeveredEnded, FREED_LAST, DELIVERY);
+    find_out(Broken::LostEnded, FREED_LAST, faults(Faults { hangs: 1, ..NONE }));
 }

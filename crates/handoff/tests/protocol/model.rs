@@ -92,8 +92,13 @@ pub enum Action {
         call: Call,
         index: u32,
     },
-    /// A write will not land by itself.
+    /// A write lands very late or never.
     Hang {
+        call: Call,
+        index: u32,
+    },
+    /// And this worker is told that it will not know.
+    Astray {
         call: Call,
         index: u32,
     },
@@ -165,6 +170,7 @@ impl Step<'_> {
             Action::Compute { at, of } => self.compute(at, of),
             Action::Land { call, index } => self.land(call, index),
             Action::Hang { call, index } => self.hang(call, index),
+            Action::Astray { call, index } => self.go_astray(call, index),
             Action::EndDecoding { call, preempted } => self.end_decoding(call, preempted),
             Action::Overdue { call } => self.tick_decode(call, false),
             Action::SilentPrefill { call } => self.tick_decode(call, true),
@@ -259,8 +265,9 @@ impl State {
     fn worker_actions(&self, actions: &mut Vec<Action>) {
         for (&call, held) in &self.decode {
             actions.extend(held.landing().map(|index| Action::Land { call, index }));
+            actions.extend(held.hanging().map(|index| Action::Astray { call, index }));
             if self.left.hangs > 0 {
-                actions.extend(held.landing().map(|index| Action::Hang { call, index }));
+                actions.extend(held.lands().map(|index| Action::Hang { call, index }));
             }
             if held.running.is_some() {
                 let end = |preempted| Action::EndDecoding { call, preempted };

@@ -1,7 +1,8 @@
 //! What must hold in every state, and what must be reached in some, so that the former say something.
 
 use crate::{
-    model::{Protocol, State, Violation},
+    decode::Held,
+    model::{Action, Protocol, State, Violation},
     network::Message,
     router::{Ending, Life},
 };
@@ -15,7 +16,8 @@ pub const CANCELLED: &str = "a reservation that was cancelled never starts";
 pub const SAME_TOKEN: &str = "decode goes on from the first token that the client has";
 pub const FIRST_ONCE: &str = "one first token of each placement reaches the client";
 pub const PROTOCOL: &str = "no side says what it could not say";
-pub const ENDS: &str = "at rest the answer has ended, once, and nothing is held";
+pub const ENDS: &str =
+    "at rest the answer has ended, once, and nothing is held but what may be written into for ever";
 
 pub fn all() -> Vec<Property<Protocol>> {
     let mut all = always();
@@ -75,7 +77,13 @@ fn sometimes() -> Vec<Property<Protocol>> {
             state.decode.values().any(|held| held.quarantines())
         }),
         Property::sometimes("a quarantined write hangs", |_, state: &State| {
-            state.decode.values().any(|held| held.quarantines() && held.hangs())
+            state.decode.values().any(|held| held.quarantines() && held.hanging().next().is_some())
+        }),
+        Property::sometimes("a write is lost", |_, state: &State| {
+            state.decode.values().any(|held| held.quarantines() && held.has_lost())
+        }),
+        Property::sometimes("a lost write lands", |_, state: &State| {
+            state.decode.values().any(|held| held.has_lost() && held.landing().next().is_none())
         }),
         Property::sometimes("a client leaves while decode receives", |_, state: &State| {
             let receives = |r: &receiver::Receiver| r.state() == receiver::State::Receiving;
@@ -91,14 +99,22 @@ fn sometimes() -> Vec<Property<Protocol>> {
     ]
 }
 
-/// Nothing can happen any more.
+/// Nothing can happen any more but what nobody may wait for: the end of a write that hangs.
 fn at_rest(model: &Protocol, state: &State) -> bool {
     let mut actions = Vec::new();
     model.actions(state, &mut actions);
-    actions.into_iter().all(|action| model.next_state(state, action).is_none())
+    actions.into_iter().all(|action| state.may_never(action) || model.next_state(state, action).is_none())
 }
 
 impl State {
+    fn may_never(&self, action: Action) -> bool {
+        match action {
+            Action::Astray { .. } => true,
+            Action::Land { call, index } => self.decode[&call].lands().all(|lands| lands != index),
+            _ => false,
+        }
+    }
+
     fn keeps(&self, promise: Violation) -> bool {
         self.violation != Some(promise)
     }
@@ -119,7 +135,8 @@ impl State {
 
     /// A broken promise ends a run before its rest.
     fn rests_clean(&self) -> bool {
-        let idle = self.decode.is_empty() && self.prefills.iter().all(|member| member.is_empty());
+        let kept = self.decode.values().all(Held::only_quarantines);
+        let idle = kept && self.prefills.iter().all(|member| member.is_empty());
         let clean = idle && self.router.life.is_none() && self.client.ending.is_some();
         clean || self.violation.is_some()
     }

@@ -2,6 +2,7 @@
 
 mod memory;
 mod over;
+mod stopped;
 
 use bytes::Bytes;
 use handoff::{
@@ -9,7 +10,7 @@ use handoff::{
     deliver::{Delivery, Options, Order, Progress, Sent},
     digest::{Binding, bindings},
     direct::Pool,
-    receive::{Inbox, Incoming, Outcome, Plan},
+    receive::{Inbox, Incoming, Outcome, Plan, Unsettled},
     receiver::Answer,
     serve::{HandoffServer, Reservations},
     transport,
@@ -18,10 +19,13 @@ use memory::{LAYOUT, Memory};
 use over::{Copies, Over};
 use proto::ErrorCode;
 use std::{
-    sync::{Arc, Mutex, atomic::Ordering::Relaxed},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     time::Duration,
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, task::JoinHandle};
 use tonic::metadata::MetadataMap;
 
 const RESERVATION: u64 = 77;
@@ -122,6 +126,13 @@ impl Decode {
         Decode { over, memory, incoming, address }
     }
 
+    async fn receive_a_little(&mut self) {
+        tokio::select! {
+            outcome = self.incoming.run() => panic!("{outcome:?}"),
+            () = tokio::time::sleep(slowed(Duration::from_millis(5))) => {}
+        }
+    }
+
     fn assert_filled(&self, from: u32) {
         let found = self.memory.blocks.lock().unwrap();
         for index in from..blocks() {
@@ -132,10 +143,14 @@ impl Decode {
 }
 
 fn order(decode: &Decode) -> Order {
+    order_to(&decode.address)
+}
+
+fn order_to(address: &str) -> Order {
     Order {
         reservation: RESERVATION,
         epoch: 1,
-        address: decode.address.clone(),
+        address: address.to_owned(),
         member: "prefill".into(),
         weights_fingerprint: WEIGHTS,
         bindings: bindings(&tokens(), LAYOUT.block_tokens, LAYOUT.fingerprint()),
@@ -339,20 +354,37 @@ async fn a_reservation_that_ends_under_a_write_says_so_until_the_write_has_lande
     decode.memory.slow.lock().unwrap().extend([2, 5]);
     let delivery = tokio::spawn(deliver(decode.open(order(&decode))));
     while decode.memory.waiting.lock().unwrap().len() < 2 {
-        tokio::select! {
-            outcome = decode.incoming.run() => panic!("{outcome:?}"),
-            () = tokio::time::sleep(slowed(Duration::from_millis(5))) => {}
-        }
+        decode.receive_a_little().await;
     }
     let unsettled = decode.incoming.close().expect("two writes are in flight");
     assert_eq!(unsettled.writing(), [1, 4]);
     let error = delivery.await.unwrap().0.expect_err("the reservation has ended");
     assert_eq!(error.code(), ErrorCode::Cancelled, "{error}");
-    let settled = tokio::spawn(unsettled.settle());
+    let settling = Settling::start(unsettled);
     tokio::time::sleep(over.landing() * 3 / 2).await;
-    assert!(!settled.is_finished(), "nothing has landed");
+    assert!(!settling.task.is_finished(), "nothing has landed");
     decode.memory.land();
-    assert_eq!(settled.await.unwrap(), 2, "both were overdue, and counted");
+    settling.task.await.unwrap();
+    assert_eq!(settling.overdue.load(Relaxed), 2, "both were overdue, and counted");
+}
+
+/// An ended reservation that waits for what is being written, and what it has said of that.
+struct Settling {
+    task: JoinHandle<()>,
+    overdue: Arc<AtomicU32>,
+    lost: Arc<AtomicU32>,
+}
+
+impl Settling {
+    fn start(unsettled: Unsettled) -> Settling {
+        let (overdue, lost) = (Arc::<AtomicU32>::default(), Arc::<AtomicU32>::default());
+        let count = (overdue.clone(), lost.clone());
+        let task = tokio::spawn(unsettled.settle(move |received| {
+            count.0.fetch_add(received.overdue, Relaxed);
+            count.1.fetch_add(received.lost, Relaxed);
+        }));
+        Settling { task, overdue, lost }
+    }
 }
 
 /// Both sides live and beat; without this nothing would end the wait.
@@ -367,7 +399,7 @@ async fn a_reservation_is_given_up_when_its_own_device_does_not_copy() {
     assert_eq!(unsettled.writing(), [2]);
     delivery.await.unwrap().0.expect_err("the reservation has ended");
     decode.memory.land();
-    unsettled.settle().await;
+    unsettled.settle(drop).await;
 }
 
 /// Whose steps hold on to a block that is to be read into, severs nobody, and reads nothing once it has given up.
@@ -383,7 +415,7 @@ async fn a_read_that_its_own_device_holds_up_is_not_the_others_fault() {
     assert_eq!((unsettled.writing(), copies.severed.load(Relaxed)), (vec![2], 0));
     delivery.await.unwrap().0.expect_err("the reservation has ended");
     decode.memory.land();
-    unsettled.settle().await;
+    unsettled.settle(drop).await;
     assert!(!decode.memory.writes.lock().unwrap().contains_key(&3), "it was read after all");
 }
 
@@ -414,6 +446,9 @@ async fn a_commit_counts_for_its_own_epoch_only(over: Over) {
     // The last block does not land, so that the old epoch commits and stays incomplete.
     decode.memory.slow.lock().unwrap().insert(blocks());
     let old = tokio::spawn(deliver(decode.open(order(&decode))));
+    while decode.incoming.received().blocks + 1 < blocks() {
+        decode.receive_a_little().await;
+    }
     tokio::select! {
         outcome = decode.incoming.run() => panic!("{outcome:?}"),
         () = tokio::time::sleep(slowed(Duration::from_millis(200))) => {}
@@ -455,16 +490,47 @@ async fn workers_of_different_transports_are_told() {
 }
 
 #[tokio::test]
-async fn a_read_that_hangs_is_severed_and_its_block_offered_again() {
+async fn a_read_that_hangs_ends_its_reservation_and_keeps_its_block() {
+    let (mut decode, copies, delivery) = hanging().await;
+    assert!(matches!(decode.incoming.run().await, Outcome::Severed));
+    assert_eq!((decode.incoming.received().overdue, copies.severed.load(Relaxed)), (1, 1));
+    let unsettled = decode.incoming.close().expect("one read hangs");
+    assert_eq!(unsettled.writing(), [0]);
+    assert_eq!(delivery.await.unwrap().0.expect_err("it has ended").code(), ErrorCode::Cancelled);
+    let settling = Settling::start(unsettled);
+    tokio::time::sleep(Over::Copies.landing()).await;
+    assert!(!settling.task.is_finished(), "severing stops nothing");
+    copies.land();
+    settling.task.await.unwrap();
+    assert_eq!(decode.memory.get(1, rows(0)), content(0), "it has written after all");
+}
+
+#[tokio::test]
+async fn a_read_of_which_nothing_will_be_known_keeps_its_block_for_ever() {
+    let (mut decode, copies, delivery) = hanging().await;
+    copies.lose();
+    let ended = tokio::time::timeout(Over::Copies.landing() / 2, decode.incoming.run()).await;
+    assert!(matches!(ended, Ok(Outcome::Severed)), "{ended:?}: it need not be waited for");
+    let received = decode.incoming.received();
+    assert_eq!((received.lost, received.overdue, copies.severed.load(Relaxed)), (1, 0, 0));
+    delivery.await.unwrap().0.expect_err("the reservation has ended");
+    let settling = Settling::start(decode.incoming.close().expect("one read is lost"));
+    tokio::time::sleep(Over::Copies.landing() * 2).await;
+    assert!(!settling.task.is_finished());
+}
+
+/// A reservation that has everything but its first block, the read of which hangs.
+async fn hanging() -> (Decode, Arc<Copies>, JoinHandle<(Result<Sent, Error>, Vec<u32>)>) {
     let (memory, copies) = (Arc::new(Memory::new()), Copies::new("decode".to_owned()));
-    copies.hang.store(2, Relaxed);
-    let pool = Pool::direct(memory.clone(), copies).unwrap();
+    copies.hang.store(1, Relaxed);
+    let pool = Pool::direct(memory.clone(), copies.clone()).unwrap();
     let mut decode = Decode::on(Over::Copies, pool, memory, 0, long()).await;
-    let ((sent, _), outcome) = tokio::join!(deliver(decode.open(order(&decode))), decode.incoming.run());
-    assert_eq!(sent.unwrap().blocks, blocks());
-    assert!(matches!(outcome, Outcome::Complete(_)));
-    decode.assert_filled(0);
-    assert!(decode.incoming.received().overdue >= 1);
+    let delivery = tokio::spawn(deliver(decode.open(order(&decode))));
+    while decode.memory.blocks.lock().unwrap().len() as u32 + 1 < blocks() {
+        decode.receive_a_little().await;
+    }
+    assert_eq!(copies.hanging(), 1);
+    (decode, copies, delivery)
 }
 
 /// A chunk a block: each is with decode before the next but one is computed, so that prefill's end finds nothing but its last

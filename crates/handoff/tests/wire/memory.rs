@@ -54,7 +54,7 @@ impl Memory {
         self.cells(block, rows).zip(bytes).for_each(|(cell, byte)| cell.store(*byte, Relaxed));
     }
 
-    fn get(&self, block: BlockId, rows: u32) -> Bytes {
+    pub fn get(&self, block: BlockId, rows: u32) -> Bytes {
         self.cells(block, rows).map(|cell| cell.load(Relaxed)).collect()
     }
 

@@ -81,13 +81,13 @@ macro_rules! over_each {
     };
 }
 
-/// Reads memory of this process.
+/// Reads memory of this process. Nothing stops a read, as with what it stands for.
 pub struct Copies {
     name: String,
     /// Reads that will not end by themselves.
     pub hang: AtomicU32,
     pub severed: AtomicU32,
-    hanging: Mutex<Vec<Reply<()>>>,
+    hanging: Mutex<Vec<(Vec<Piece>, Reply<()>)>>,
 }
 
 impl Copies {
@@ -98,6 +98,25 @@ impl Copies {
             severed: AtomicU32::new(0),
             hanging: Mutex::default(),
         })
+    }
+
+    /// What hangs writes after all.
+    pub fn land(&self) {
+        for (pieces, reply) in self.hanging.lock().unwrap().drain(..) {
+            pieces.iter().for_each(copy);
+            let _ = reply.send(Ok(()));
+        }
+    }
+
+    /// Of what hangs nothing will be known any more.
+    pub fn lose(&self) {
+        for (_, reply) in self.hanging.lock().unwrap().drain(..) {
+            let _ = reply.send(Err(KvError::Lost("as a test wants it".into())));
+        }
+    }
+
+    pub fn hanging(&self) -> usize {
+        self.hanging.lock().unwrap().len()
     }
 }
 
@@ -113,7 +132,11 @@ impl Direct for Copies {
     fn read(&self, _: &proto::Origin, pieces: Vec<Piece>) -> Transfer<()> {
         let (reply, transfer) = kv::transfer();
         if self.hang.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)).is_ok() {
-            self.hanging.lock().unwrap().push(reply);
+            self.hanging.lock().unwrap().push((pieces, reply));
+            return transfer;
+        }
+        if self.severed.load(Relaxed) > 0 && self.hanging() > 0 {
+            let _ = reply.send(Err(KvError::Unreachable("severed".into())));
             return transfer;
         }
         pieces.iter().for_each(copy);
@@ -123,9 +146,6 @@ impl Direct for Copies {
 
     fn sever(&self, _: &proto::Origin) {
         self.severed.fetch_add(1, Relaxed);
-        for reply in self.hanging.lock().unwrap().drain(..) {
-            let _ = reply.send(Err(KvError::Unreachable("severed".into())));
-        }
     }
 }
 

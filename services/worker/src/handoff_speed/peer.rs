@@ -185,9 +185,8 @@ impl Table {
         say(&Said::Ready)?;
         let outcome = incoming.run().await;
         let seconds = incoming.received().elapsed.as_secs_f64();
-        if let Some(unsettled) = incoming.close() {
-            unsettled.settle().await;
-        }
+        // What a failed delivery leaves under way ends with the process.
+        drop(incoming.close());
         match outcome {
             Outcome::Complete(_) => Ok(seconds),
             other => Err(failed(format!("the delivery ended as {other:?}"))),
