@@ -4,16 +4,19 @@
 //       in f32, promoted to a second accumulator each 128 k, because their own sum keeps about 14 bits.
 // Layouts: W [matrices][n][k] row-major, x [rows][k] with a stride and its scales [k blocks][rows], y [rows][n] with a stride. `tiles`, if given, are runs of rows
 //       that belong to one of several matrices (experts).
-// Threads: two warpgroups that multiply and one thread that loads. A tile of work is 128 rows of W (the M side: weights are what
-//       there is much of in decode) by TOKENS rows of x (the N side: 8 to 128); a warpgroup has 64 by TOKENS of it. Of a tile
-//       with fewer rows only the tensor work that it needs is done. There are as many blocks as run at once, each takes
-//       tile after tile, and the next one's rows are fetched while the results of the last are written.
-// Order: of many rows, a block of W meets GROUP tiles of rows one after the other before the next does: it comes from memory once
-//       and from the L2 for the others, and so do the rows. Else memory is what bounds a prompt: every tile of rows reads all of W.
+// Threads: two warpgroups that multiply and one thread that loads; beside it, for tiles of 128 rows in FP8, a warp that
+//       multiplies the scales of x by that of W, once for all, and lays them as they are read: what promotes sums is bound by
+//       the number of its instructions. A tile of work is 128 rows of W (the M side: weights are what there is much of in
+//       decode) by TOKENS rows of x (the N side: 8 to 128); a warpgroup has 64 by TOKENS of it. Of a tile with fewer rows only the tensor work that it needs is done. There are as many blocks as run at once, each takes
+//       tile after tile; the next one's rows are fetched while the results of the last are written, and of many rows the
+//       copy engine writes them, out of shared memory, while the next ones are multiplied.
+// Order: of many rows, a block of W meets up to TOGETHER tiles of rows (of one matrix) one after the other before the next does: it
+//       comes from memory once and from the L2 for the others, and so do the rows. Else memory is what bounds a prompt: every tile
+//       of rows reads all of W.
 // Clusters: of few tiles, `splits` blocks share one, each takes a part of k, and their sums are added in the order of k: a narrow
 //       matrix is streamed by many multiprocessors, and the same input gives the same bits.
 // Shared memory: a ring of stages, each (128 + TOKENS) rows of 128 bytes of k as the copy engine swizzles them, and for FP8
-//       the scales of TOKENS rows of x.
+//       the scales of TOKENS rows of x; for tiles of 128 rows the results on their way out.
 // Bound: weights' bytes over memory bandwidth for few rows, tensor cores for many.
 #include <cooperative_groups.h>
 
@@ -24,13 +27,17 @@
 #define WEIGHT_ROWS 128
 #define CHUNK 128
 #define CONSUMERS 256
+// Of the scales that a lane needs of a stage, two of each eight rows, one after the other: so that four lanes read from 16 banks.
+#define SCALED_PITCH 36
 // Of a row of results in shared memory, in floats: so that the fragments' words fall into 32 different banks.
 #define PITCH (WEIGHT_ROWS + 4)
+// Of a warpgroup's row of results on its way out, in bytes; likewise.
+#define OUT_PITCH (64 * 2 + 16)
 
 // The launcher computes the same.
 template <int TOKENS>
 struct Ring {
-    static constexpr uint32_t stages = TOKENS <= 32 ? 4 : TOKENS == 64 ? 8 : 6;
+    static constexpr uint32_t stages = TOKENS <= 32 ? 4 : TOKENS == 64 ? 8 : 5;
     static constexpr uint32_t blocks = TOKENS <= 16 ? 3 : TOKENS == 32 ? 2 : 1;
     // A whole warpgroup loads where registers are short: it can give its own away.
     static constexpr uint32_t threads = CONSUMERS + (TOKENS == 128 ? 128 : 32);
@@ -39,17 +46,22 @@ struct Ring {
     // The copy engine begins at 16 bytes and writes where 128 begin: up to three floats before the tile's come along.
     static constexpr uint32_t scales_box = TOKENS + 4;
     static constexpr uint32_t scales = (scales_box + 31) / 32 * 32;
+    static constexpr bool scaled = TOKENS == 128;
 };
 
 template <int TOKENS>
 struct Shared {
     uint8_t* stages;
     float* scales;
-    uint64_t *full, *empty;
+    float* scaled;
+    uint8_t* results;
+    uint64_t *full, *empty, *ready;
     __device__ uint8_t* weights(uint32_t turn) const { return stages + turn % Ring<TOKENS>::stages * Ring<TOKENS>::bytes; }
     __device__ uint8_t* tokens(uint32_t turn) const { return weights(turn) + Ring<TOKENS>::weights; }
     __device__ float* scales_of(uint32_t turn) const { return scales + turn % Ring<TOKENS>::stages * Ring<TOKENS>::scales; }
     __device__ uint64_t* full_of(uint32_t turn) const { return full + turn % Ring<TOKENS>::stages; }
+    __device__ float* scaled_of(uint32_t turn) const { return scaled + turn % Ring<TOKENS>::stages * 4 * SCALED_PITCH; }
+    __device__ uint64_t* ready_of(uint32_t turn) const { return ready + turn % Ring<TOKENS>::stages; }
     __device__ uint64_t* empty_of(uint32_t turn) const { return empty + turn % Ring<TOKENS>::stages; }
     __device__ static uint32_t phase(uint32_t turn) { return turn / Ring<TOKENS>::stages & 1; }
 };
@@ -87,14 +99,29 @@ __device__ __forceinline__ uint32_t works(const Problem<Out>& of) {
     return runs<TOKENS>(of) * ((of.n + WEIGHT_ROWS - 1) / WEIGHT_ROWS);
 }
 
-// Tile `index` in groups of GROUP tiles of rows: in a group those first, then rows of W. `part` of the chunks of k.
+// Tiles of rows that meet a block of W one after the other.
+struct Group {
+    uint32_t begin, count;
+};
+
+// The one that tile of rows `run` is in.
+template <int TOKENS, typename Out>
+__device__ __forceinline__ Group group(const Problem<Out>& of, uint32_t run) {
+    if (TOKENS < 128) return {run, 1};
+    if (of.tiles) return {run - of.tiles[run].before, of.tiles[run].together};
+    uint32_t begin = run / TOGETHER * TOGETHER;
+    return {begin, min(TOGETHER, runs<TOKENS>(of) - begin)};
+}
+
+// Tile `index`: in a group of tiles of rows those first, then rows of W. `part` of the chunks of k.
 template <bool FP8, int TOKENS, typename Out>
 __device__ __forceinline__ Work<Out> work(const Problem<Out>& of, uint32_t index, uint32_t part) {
-    constexpr uint32_t GROUP = TOKENS == 128 ? 8 : 1;
-    uint32_t blocks = (of.n + WEIGHT_ROWS - 1) / WEIGHT_ROWS, begin = index / (blocks * GROUP) * GROUP;
-    uint32_t together = GROUP == 1 ? 1 : min(GROUP, runs<TOKENS>(of) - begin), within = index - begin * blocks;
-    uint32_t n0 = within / together * WEIGHT_ROWS, run = begin + within % together, item = run % of.batch;
-    Tile tile = {item, run / of.batch * TOKENS, 0, 0};
+    uint32_t blocks = (of.n + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
+    // All groups before have met all blocks, so this is one of its tiles.
+    Group tiles = group<TOKENS>(of, index / blocks);
+    uint32_t within = index - tiles.begin * blocks, n0 = within / tiles.count * WEIGHT_ROWS;
+    uint32_t run = tiles.begin + within % tiles.count, item = run % of.batch;
+    Tile tile = {item, run / of.batch * TOKENS, 0, 0, 0};
     if (of.tiles) tile = of.tiles[run];
     else tile.rows = min((uint32_t)TOKENS, *of.count - tile.first);
     uint32_t chunks = (of.k * (FP8 ? 1 : 2) + CHUNK - 1) / CHUNK, k_blocks = (of.k + 127) / 128;
@@ -149,6 +176,42 @@ __device__ __forceinline__ void multiply_chunk(const Shared<TOKENS>& shared, uin
     wgmma_commit();
 }
 
+// One warp: the scales of rows times that of W, from `turn` on, in the order in which promote reads them.
+template <int TOKENS, typename Out>
+__device__ __forceinline__ void scale(const Work<Out>& work, const Shared<TOKENS>& shared, uint32_t turn) {
+    uint32_t lane = threadIdx.x % 32;
+    float next = 0.f;
+    for (uint32_t i = 0; i < work.end - work.begin; i++, turn++) {
+        if (i % 32 == 0 && work.begin + i + lane < work.end) next = work.w_scales[work.begin + i + lane];
+        float sw = __shfl_sync(0xffffffffu, next, i % 32);
+        barrier_wait(shared.full_of(turn), shared.phase(turn));
+        const float* sx = shared.scales_of(turn) + work.first % 4;
+#pragma unroll
+        for (uint32_t row = lane; row < TOKENS; row += 32) {
+            shared.scaled_of(turn)[row % 8 / 2 * SCALED_PITCH + row / 8 * 2 + row % 2] = sw * sx[row];
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared.ready_of(turn));
+    }
+}
+
+template <int N>
+__device__ __forceinline__ void promote(const float* scaled, const float (&sum)[N / 2], float (&total)[N / 2]) {
+    const float4* own = (const float4*)(scaled + threadIdx.x % 4 * SCALED_PITCH);
+#pragma unroll
+    for (int j = 0; j < N / 8; j += 2) {
+        float4 s = own[j / 2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int at = 4 * j + 2 * half;
+            total[at] = fmaf(s.x, sum[at], total[at]);
+            total[at + 1] = fmaf(s.y, sum[at + 1], total[at + 1]);
+            total[at + 4] = fmaf(s.z, sum[at + 4], total[at + 4]);
+            total[at + 5] = fmaf(s.w, sum[at + 5], total[at + 5]);
+        }
+    }
+}
+
 // The stage may be filled again, as far as this warp is concerned.
 template <int TOKENS>
 __device__ __forceinline__ void release(const Shared<TOKENS>& shared, uint32_t turn) {
@@ -167,9 +230,15 @@ __device__ __forceinline__ void begin(const Shared<TOKENS>& shared, uint32_t tur
 template <int LEFT, int N, int TOKENS>
 __device__ __forceinline__ void end(const Shared<TOKENS>& shared, uint32_t turn, uint32_t first, const float* sw,
                                     float (&sum)[N / 2], float (&total)[N / 2]) {
-    float scale = *sw;
-    wgmma_wait<LEFT>(sum);
-    promote<N>(shared.scales_of(turn) + first % 4, scale, sum, total);
+    if constexpr (Ring<TOKENS>::scaled) {
+        wgmma_wait<LEFT>(sum);
+        barrier_wait(shared.ready_of(turn), shared.phase(turn));
+        promote<N>(shared.scaled_of(turn), sum, total);
+    } else {
+        float scale = *sw;
+        wgmma_wait<LEFT>(sum);
+        promote<N>(shared.scales_of(turn) + first % 4, scale, sum, total);
+    }
     release(shared, turn);
 }
 
@@ -259,6 +328,45 @@ __device__ __forceinline__ void write(const Work<bf16>& work, const float (&tota
     }
 }
 
+// As write, by way of shared memory, by the copy engine: a thread sends a row of the warpgroup's 64 columns and waits for it before
+// the next tile's results take its place.
+template <int N>
+__device__ __forceinline__ void send(const Work<bf16>& work, uint8_t* results, const float (&total)[N / 2]) {
+    uint32_t lane = threadIdx.x % 32, row = threadIdx.x % 128, group = threadIdx.x / 128;
+    results += group * 128 * OUT_PITCH;
+    bulk_wait_read();
+    group_sync(group);
+    uint8_t* at = results + lane / 4 * OUT_PITCH + row / 32 * 32 + lane % 4 * 4;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++, at += 8 * OUT_PITCH) {
+        *(uint32_t*)at = transposed(total[4 * j], total[4 * j + 1]);
+        *(uint32_t*)(at + 16) = transposed(total[4 * j + 2], total[4 * j + 3]);
+    }
+    written_for_copies();
+    group_sync(group);
+    uint32_t first = group * 64;
+    if (row < work.rows && first < work.columns) {
+        bulk_store(work.y + (uint64_t)row * work.y_stride + first, results + row * OUT_PITCH, 2 * min(64u, work.columns - first));
+    }
+    bulk_commit();
+}
+
+// Whether every row of results can be sent.
+__device__ __forceinline__ bool sendable(const Work<bf16>& work) {
+    return ((uint64_t)work.y % 16 | work.y_stride % 8 | work.columns % 8) == 0;
+}
+
+template <int N>
+__device__ __forceinline__ void write(const Work<bf16>& work, uint8_t* results, const float (&total)[N / 2]) {
+    if (results && sendable(work)) send<N>(work, results, total);
+    else write<N>(work, total);
+}
+
+template <int N>
+__device__ __forceinline__ void write(const Work<float>& work, uint8_t*, const float (&total)[N / 2]) {
+    write<N>(work, total);
+}
+
 // A warpgroup's part of the results into shared memory, [N][PITCH], when both have read all stages.
 template <int N>
 __device__ __forceinline__ void keep(float* results, const float (&total)[N / 2]) {
@@ -281,7 +389,7 @@ __device__ __forceinline__ void consume(const Work<Out>& work, const Shared<TOKE
     float total[N / 2] = {};
     if (FP8) consume_fp8<N>(work, shared, turn, total);
     else consume_bf16<N>(work, shared, turn, total);
-    if (whole) write<N>(work, total);
+    if (whole) write<N>(work, TOKENS == 128 ? shared.results : nullptr, total);
     else keep<N>((float*)shared.stages, total);
 }
 
@@ -311,15 +419,19 @@ __device__ __forceinline__ void write_sums(const Work<Out>& work, const float* r
 template <bool FP8, int TOKENS, typename Out>
 __device__ __forceinline__ void linear(const Problem<Out>& of) {
     extern __shared__ uint8_t dynamic[];
-    __shared__ uint64_t full[Ring<TOKENS>::stages], empty[Ring<TOKENS>::stages];
+    __shared__ uint64_t full[Ring<TOKENS>::stages], empty[Ring<TOKENS>::stages], ready[Ring<TOKENS>::stages];
     Shared<TOKENS> shared;
     shared.stages = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;
     shared.scales = (float*)(shared.stages + Ring<TOKENS>::stages * Ring<TOKENS>::bytes);
+    shared.scaled = shared.scales + Ring<TOKENS>::stages * Ring<TOKENS>::scales;
+    shared.results = (uint8_t*)(shared.scaled + Ring<TOKENS>::stages * 4 * SCALED_PITCH);
+    shared.ready = ready;
     shared.full = full;
     shared.empty = empty;
     if (threadIdx.x < Ring<TOKENS>::stages) {
         barrier_init(full + threadIdx.x, 1);
         barrier_init(empty + threadIdx.x, CONSUMERS / 32);
+        barrier_init(ready + threadIdx.x, 1);
         barriers_ready();
     }
     __syncthreads();
@@ -328,9 +440,11 @@ __device__ __forceinline__ void linear(const Problem<Out>& of) {
     bool whole = of.splits == 1;
     if (threadIdx.x >= CONSUMERS) {
         if (TOKENS == 128) registers_down<40>();
-        for (uint32_t index = begin; index < end && threadIdx.x == CONSUMERS; index += step) {
+        bool loads = threadIdx.x == CONSUMERS, scales = FP8 && Ring<TOKENS>::scaled && threadIdx.x / 32 == CONSUMERS / 32 + 1;
+        for (uint32_t index = begin; index < end && (loads || scales); index += step) {
             Work<Out> one = work<FP8, TOKENS>(of, index, part);
-            produce<FP8>(of, one, shared, turn);
+            if (loads) produce<FP8>(of, one, shared, turn);
+            else scale(one, shared, turn);
             turn += one.end - one.begin;
         }
         // The cluster's barrier wants whole warps.
@@ -342,6 +456,7 @@ __device__ __forceinline__ void linear(const Problem<Out>& of) {
             consume_rows<FP8>(one, shared, turn, whole);
             turn += one.end - one.begin;
         }
+        if (TOKENS == 128) bulk_wait();
     }
     if (whole || begin >= end) return;
     auto cluster = cooperative_groups::this_cluster();

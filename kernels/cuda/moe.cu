@@ -48,8 +48,10 @@ extern "C" __global__ void __launch_bounds__(256) moe_tiles(const uint32_t* slot
 #pragma unroll
     for (uint32_t i = 0; i < 4; i++) {
         if (begin + i < experts) first_of[begin + i] = place;
-        for (uint32_t done = 0; done < count[i]; done += tokens) {
-            tiles[tile++] = {begin + i, place + done, min(tokens, count[i] - done), 0};
+        uint32_t tiles_of = (count[i] + tokens - 1) / tokens;
+        for (uint32_t at = 0; at < tiles_of; at++) {
+            uint32_t done = at * tokens;
+            tiles[tile++] = tile_of(begin + i, place + done, min(tokens, count[i] - done), at, tiles_of);
         }
         place += count[i];
     }
@@ -116,8 +118,9 @@ extern "C" __global__ void __launch_bounds__(1024)
     uint2 sum = sum_to_here({count, tiles_of});
     uint32_t first = sum.x - count, tile = sum.y - tiles_of;
     count_of[thread] = first;
-    for (uint32_t done = 0; done < count; done += tokens) {
-        tiles[tile++] = {thread, first + done, min(tokens, count - done), 0};
+    for (uint32_t at = 0; at < tiles_of; at++) {
+        uint32_t done = at * tokens;
+        tiles[tile++] = tile_of(thread, first + done, min(tokens, count - done), at, tiles_of);
     }
     if (thread == 1023) {
         tile_count[0] = sum.y;

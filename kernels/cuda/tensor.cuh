@@ -42,6 +42,26 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint3
         : "memory");
 }
 
+// What this thread wrote to shared memory, for the copy engine to read; before the barrier that lets others have it read.
+__device__ __forceinline__ void written_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Bytes of shared memory to global memory, all multiples of 16, when the engine comes to it.
+__device__ __forceinline__ void bulk_store(void* to, const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until what this thread has sent is read; or is written, too.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Among the threads of warpgroup `group`.
+__device__ __forceinline__ void group_sync(uint32_t group) {
+    asm volatile("bar.sync %0, 128;" ::"r"(group + 2) : "memory");
+}
+
 // Operand in shared memory: rows of 128 bytes of k, each 8 of them 1024 bytes, chunks of 16 bytes swizzled by the row as the copy
 // engine does it (128-byte swizzle). Begins at a multiple of 1024; 32 bytes further along k add 2.
 __device__ __forceinline__ uint64_t operand(const void* rows) {

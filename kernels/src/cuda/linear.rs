@@ -27,6 +27,8 @@ pub(super) const KERNELS: &[&str] = &[
 /// Rows of a weight matrix that one block computes, and the bytes of k that it has of each in a stage.
 const WEIGHT_ROWS: u32 = 128;
 const CHUNK: u32 = 128;
+/// Floats between the scales of a stage that one of four lanes reads and those of the next lane.
+const SCALED_PITCH: u32 = 36;
 /// Blocks that may share a tile, each with a part of k: a cluster of Hopper's portable size.
 const MOST_SPLITS: u32 = 8;
 /// A block has at least so many stages of k.
@@ -37,14 +39,22 @@ fn scales_box(tokens: u32) -> u32 {
     tokens + 4
 }
 
-/// Shared memory of a block: stages of rows, then scales; and what aligning the stages to 1024 may take.
+/// Results of a tile of many rows on their way out: 64 columns of bf16 and 16 bytes for each warpgroup's 128 rows.
+fn results_bytes(tokens: u32) -> u32 {
+    if tokens == 128 { 2 * 128 * (64 * 2 + 16) } else { 0 }
+}
+
+/// Shared memory of a block: stages of rows, scales, results; and what aligning the stages to 1024 may take.
 fn ring_bytes(tokens: u32) -> u32 {
     let stages = match tokens {
         ..=32 => 4,
         33..=64 => 8,
-        _ => 6,
+        _ => 5,
     };
-    stages * ((WEIGHT_ROWS + tokens) * CHUNK + 4 * scales_box(tokens).next_multiple_of(32)) + 1024
+    let scaled = if tokens == 128 { 4 * SCALED_PITCH } else { 0 };
+    let scales = scales_box(tokens).next_multiple_of(32) + scaled;
+    let stage = (WEIGHT_ROWS + tokens) * CHUNK + 4 * scales;
+    stages * stage + results_bytes(tokens) + 1024
 }
 
 /// Threads of a block: two warpgroups multiply; a warp loads, or a warpgroup that gives its registers away.
