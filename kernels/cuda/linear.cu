@@ -7,9 +7,10 @@
 // Threads: two warpgroups that multiply and one thread that loads; beside it, for tiles of 128 rows in FP8, a warp that
 //       multiplies the scales of x by that of W, once for all, and lays them as they are read: what promotes sums is bound by
 //       the number of its instructions. A tile of work is 128 rows of W (the M side: weights are what there is much of in
-//       decode) by TOKENS rows of x (the N side: 8 to 128); a warpgroup has 64 by TOKENS of it. Of a tile with fewer rows only the tensor work that it needs is done. There are as many blocks as run at once, each takes
-//       tile after tile; the next one's rows are fetched while the results of the last are written, and of many rows the
-//       copy engine writes them, out of shared memory, while the next ones are multiplied.
+//       decode) by TOKENS rows of x (the N side: 8 to 128); a warpgroup has 64 by TOKENS of it. Of a tile with fewer rows only
+//       the tensor work that it needs is done. There are as many blocks as run at once, each takes tile after tile; the next
+//       one's rows are fetched while the results of the last are written, and of many rows the copy engine writes them, out of
+//       shared memory, while the next ones are multiplied.
 // Order: of many rows, a block of W meets up to TOGETHER tiles of rows (of one matrix) one after the other before the next does: it
 //       comes from memory once and from the L2 for the others, and so do the rows. Else memory is what bounds a prompt: every tile
 //       of rows reads all of W.
