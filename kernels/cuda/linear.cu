@@ -191,8 +191,7 @@ __device__ __forceinline__ void scale(const Work<Out>& work, const Shared<TOKENS
         for (uint32_t row = lane; row < TOKENS; row += 32) {
             shared.scaled_of(turn)[row % 8 / 2 * SCALED_PITCH + row / 8 * 2 + row % 2] = sw * sx[row];
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.ready_of(turn));
+        barrier_arrive(shared.ready_of(turn));
     }
 }
 
@@ -213,11 +212,12 @@ __device__ __forceinline__ void promote(const float* scaled, const float (&sum)[
     }
 }
 
-// The stage may be filled again, as far as this warp is concerned.
+// The stage may be filled again, as far as this thread is concerned: where a warp scales, it writes over what each thread has read.
+// Else the copy engine does, and a warp speaks with one voice.
 template <int TOKENS>
 __device__ __forceinline__ void release(const Shared<TOKENS>& shared, uint32_t turn) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty_of(turn));
+    if (!Ring<TOKENS>::scaled) __syncwarp();
+    if (Ring<TOKENS>::scaled || threadIdx.x % 32 == 0) barrier_arrive(shared.empty_of(turn));
 }
 
 // Begins the product of a stage.
@@ -431,8 +431,8 @@ __device__ __forceinline__ void linear(const Problem<Out>& of) {
     shared.empty = empty;
     if (threadIdx.x < Ring<TOKENS>::stages) {
         barrier_init(full + threadIdx.x, 1);
-        barrier_init(empty + threadIdx.x, CONSUMERS / 32);
-        barrier_init(ready + threadIdx.x, 1);
+        barrier_init(empty + threadIdx.x, Ring<TOKENS>::scaled ? CONSUMERS : CONSUMERS / 32);
+        barrier_init(ready + threadIdx.x, 32);
         barriers_ready();
     }
     __syncthreads();
