@@ -17,7 +17,7 @@
 // Clusters: of few tiles, `splits` blocks share one, each takes a part of k, and their sums are added in the order of k: a narrow
 //       matrix is streamed by many multiprocessors, and the same input gives the same bits.
 // Shared memory: a ring of stages, each (128 + TOKENS) rows of 128 bytes of k as the copy engine swizzles them, and for FP8
-//       the scales of TOKENS rows of x; for tiles of 128 rows the results on their way out.
+//       the scales of TOKENS rows of x; for tiles of 128 rows their products with that of W, and the results on their way out.
 // Bound: weights' bytes over memory bandwidth for few rows, tensor cores for many.
 #include <cooperative_groups.h>
 

@@ -9,7 +9,7 @@ use std::sync::{
     atomic::{AtomicU8, Ordering::SeqCst},
 };
 
-/// Completes when nothing of it writes any more.
+/// Completes when nothing of it writes any more, or with [`KvError::Lost`] when that can no longer be known.
 pub(crate) type Landing = BoxFuture<'static, Result<(), KvError>>;
 
 /// Where an offer belongs, and what must lie there.

@@ -55,7 +55,7 @@ pub enum Event {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
-    /// Check and copy the offered bytes; then tell [`Event::Written`] or [`Event::Spoiled`].
+    /// Check and copy the offered bytes; then tell [`Event::Written`], [`Event::Spoiled`] or [`Event::Astray`].
     Write { index: u32 },
     /// To the delivery stream of `epoch`.
     Reply { epoch: u32, reply: Reply },

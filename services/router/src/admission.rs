@@ -181,8 +181,8 @@ impl Admission {
 struct Passed {
     /// Members that one waits for.
     held: HashSet<String>,
-    /// By model, the least that one had to hold for which there was no place: whatever needs as much finds none.
-    least: HashMap<String, u32>,
+    /// By model, tokens and total of those for which there was no place: whatever needs as much of both finds none.
+    least: HashMap<String, Vec<(u32, u32)>>,
     ids: HashSet<Id>,
     /// All that hold no permit to run.
     newcomers: bool,
@@ -194,8 +194,7 @@ impl Passed {
         if wanted.pinned.is_some() || wanted.is_shunning(Instant::now()) {
             self.ids.insert(id);
         } else {
-            let least = self.least.entry(wanted.model.clone()).or_insert(wanted.total);
-            *least = wanted.total.min(*least);
+            self.least.entry(wanted.model.clone()).or_default().push((wanted.tokens, wanted.total));
         }
         if let (None, Decision::Wait(Lack::DecodeRoom(members) | Lack::PrefillCredit(members))) =
             (&wanted.pinned, denied)
@@ -205,8 +204,9 @@ impl Passed {
     }
 
     fn over(&self, id: Id, waiting: &Waiting) -> bool {
-        let Wanted { model, total, pinned, .. } = &waiting.wanted;
-        let hopeless = pinned.is_none() && self.least.get(model).is_some_and(|least| total >= least);
+        let Wanted { model, tokens, total, pinned, .. } = &waiting.wanted;
+        let as_large = |(least, least_total): &(u32, u32)| tokens >= least && total >= least_total;
+        let hopeless = pinned.is_none() && self.least.get(model).is_some_and(|of| of.iter().any(as_large));
         self.ids.contains(&id) || self.newcomers && !waiting.runs || hopeless
     }
 }
@@ -253,11 +253,12 @@ impl Ticket {
             Some(Decision::Wait(Lack::Absent)) => Error::new(
                 ErrorCode::NoMembers,
                 format!(
-                    "{waited}: every worker that could hold its {} tokens is draining or does not answer",
+                    "{waited}: every worker that could hold its {} tokens is draining, does not answer or has too many blocks in quarantine",
                     self.wanted.total
                 ),
             ),
-            _ => Error::new(ErrorCode::Deadline, format!("{waited}: every prefill worker is busy")),
+            Some(_) => Error::new(ErrorCode::Deadline, format!("{waited}: every prefill worker is busy")),
+            None => Error::new(ErrorCode::Deadline, format!("{waited}: its turn did not come")),
         }
     }
 }

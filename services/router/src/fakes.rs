@@ -53,6 +53,8 @@ pub enum DecodeScript {
     Wide,
     /// Never answers an advance, and beats on.
     Deaf,
+    /// Cannot read what prefill offers.
+    Unread,
 }
 
 /// How a prefill worker treats one call.
@@ -261,7 +263,7 @@ impl Fake {
         let mut epoch = 1;
         let blocks_needed = len.div_ceil(4);
         out.say(D::Reserved(proto::Reserved { reservation, epoch, blocks_present: 1, blocks_needed })).await;
-        let mut pulse = interval(Duration::from_millis(50));
+        let (mut pulse, mut beats) = (interval(Duration::from_millis(50)), 0);
         loop {
             tokio::select! {
                 call = calls.message() => match call {
@@ -276,7 +278,14 @@ impl Fake {
                     _ => return None,
                 },
                 Some((of, first)) = commits.recv() => if of == epoch { return Some(first) },
-                _ = pulse.tick() => { out.say(D::Heartbeat(Heartbeat::default())).await; }
+                _ = pulse.tick() => {
+                    out.say(D::Heartbeat(Heartbeat::default())).await;
+                    beats += 1;
+                    if beats > 4 && matches!(script, DecodeScript::Unread) {
+                        out.say(D::Error(Error::new(ErrorCode::PeerLost, "as scripted"))).await;
+                        return None;
+                    }
+                }
             }
         }
     }
@@ -445,7 +454,16 @@ fn shared(config: Config) -> Shared {
     let admission = Admission::new(cluster.clone(), &config);
     let metrics = Metrics::new(&mut telemetry::Registry::default());
     let spans = telemetry::Spans::off();
-    Shared { config, cluster, admission, channels, metrics, spans, draining: AtomicBool::new(false) }
+    Shared {
+        config,
+        cluster,
+        admission,
+        channels,
+        metrics,
+        spans,
+        draining: AtomicBool::new(false),
+        lives: Arc::default(),
+    }
 }
 
 pub fn request(prompt: u32, max_tokens: u32) -> GenerateRequest {

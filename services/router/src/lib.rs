@@ -61,4 +61,13 @@ pub(crate) struct Shared {
     pub spans: telemetry::Spans,
     /// Stopping: no new requests.
     pub draining: AtomicBool,
+    /// Held by each request, to its last event.
+    pub lives: Arc<()>,
+}
+
+impl Shared {
+    /// Whether somebody still waits for the end of an answer.
+    pub fn lives(&self) -> bool {
+        Arc::strong_count(&self.lives) > 1
+    }
 }

@@ -248,6 +248,10 @@ impl<'a> Placed<'a> {
             // It has waited for a prefill that we did not find.
             return Err(Ending::Elsewhere("prefill_lost"));
         }
+        // It could not read what this prefill member offers: they are not to meet again, whoever of them is the cause.
+        if let Some(prefill) = self.prefill.as_ref().filter(|_| failure.is_between_workers()) {
+            self.life.avoid(&prefill.member().id);
+        }
         let member = self.slot.member.clone();
         self.life.blame(&member, &failure)?;
         self.tell(Event::DecodeLost).await

@@ -89,7 +89,7 @@ pub enum Lack {
     PrefillCredit(Vec<String>),
     /// Those that could take it have room, or may have it next, for a request that comes first.
     Turn,
-    /// Those that could hold it are draining or do not answer; others are there.
+    /// Those that could hold it are draining, do not answer or lack quarantined blocks; others are there.
     Absent,
 }
 
@@ -303,6 +303,13 @@ impl<'a> View<'a> {
         self.can_prefill(prefill) && (self.wanted.pinned.is_some() || self.can_decode(decode))
     }
 
+    /// Whether it would have the blocks if it had nothing else; those in quarantine may never come back.
+    fn in_reach(&self, decode: &Candidate) -> bool {
+        let quarantined = decode.member.load.map_or(0, |load| load.blocks_quarantined);
+        let blocks = blocks_total(decode.member).saturating_sub(quarantined);
+        self.wanted.pinned.is_some() || blocks_total(decode.member) == 0 || self.needed(decode) <= blocks
+    }
+
     fn open(&self, (prefill, decode): &Couple) -> bool {
         !prefill.excluded && (self.wanted.pinned.is_some() || !decode.excluded)
     }
@@ -316,7 +323,8 @@ impl<'a> View<'a> {
         if fitting.is_empty() {
             return self.too_long(&couples);
         }
-        let open: Vec<_> = fitting.into_iter().filter(|couple| self.open(couple)).collect();
+        let open: Vec<_> =
+            fitting.into_iter().filter(|couple| self.open(couple) && self.in_reach(couple.1)).collect();
         if !open.is_empty() {
             return Decision::Wait(self.lack(&open));
         }

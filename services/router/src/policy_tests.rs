@@ -176,6 +176,17 @@ fn who_only_fits_where_nobody_answers_waits_for_itself_alone() {
 }
 
 #[test]
+fn nobody_waits_for_blocks_in_quarantine() {
+    let [p, small, mut large] =
+        [member("p", Role::Prefill), sized("small", Role::Decode, 640), member("large", Role::Decode)];
+    large.load = Some(Load { blocks_free: 0, blocks_quarantined: 60, ..large.load.unwrap() });
+    let full = Candidate { blocks_free: 0, ..idle(&large) };
+    let decision = |tokens| place(&wanted(tokens), &[idle(&p), idle(&small), full.clone()], CREDITS);
+    assert_eq!(decision(64 * 50), Decision::Wait(Lack::Absent));
+    assert_eq!(decision(64 * 39), Decision::Wait(Lack::DecodeRoom(vec!["large".into()])));
+}
+
+#[test]
 fn a_member_that_is_held_is_for_those_who_come_first() {
     let [p, d1, d2] = [member("p", Role::Prefill), member("d1", Role::Decode), member("d2", Role::Decode)];
     let held = Candidate { held: true, ..idle(&d1) };

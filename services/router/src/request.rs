@@ -45,6 +45,7 @@ pub struct Life {
     arrival: Instant,
     /// How it ended.
     error: Option<String>,
+    _alive: Arc<()>,
 }
 
 /// A place that is ours: the decode worker has said so.
@@ -94,6 +95,7 @@ impl Life {
             migrations: 0,
             arrival,
             error: None,
+            _alive: shared.lives.clone(),
             shared,
             client,
             trace,

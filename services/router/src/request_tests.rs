@@ -171,6 +171,13 @@ async fn two_first_tokens_for_one_answer_end_it() {
 }
 
 #[tokio::test]
+async fn a_decode_that_cannot_read_from_its_prefill_has_both_avoided() {
+    let bench = whole(&TWO_PAIRS, &[D::Unread], &[P::Busy]).await;
+    assert_eq!(decodes(&bench), [("d1".into(), 10), ("d2".into(), 10)]);
+    assert_eq!(prefills(&bench).iter().map(|asked| asked.0.as_str()).collect::<Vec<_>>(), ["p1", "p2"]);
+}
+
+#[tokio::test]
 async fn an_answer_goes_on_elsewhere_after_decode_is_lost() {
     for script in [D::Die(3), D::Silent(3), D::Stuck(3), D::Fail(3, ErrorCode::Internal)] {
         let bench = whole(&TWO_PAIRS, &[script], &[]).await;
@@ -495,6 +502,7 @@ async fn a_client_that_leaves_its_last_event_unread_keeps_nobody_from_running() 
     let unread = bench.ask(request(PROMPT, 31)).await.unwrap();
     let answer = timeout(Duration::from_secs(5), bench.answer(PROMPT, OUTPUT)).await;
     answer.expect("nothing runs").is_whole(PROMPT, OUTPUT);
+    assert!(bench.shared.lives(), "a router that stops waits for it");
     drop(unread);
     bench.quiet().await;
 }

@@ -150,7 +150,7 @@ impl Life {
                 self.finished_at_once(commit).await
             }
             (Outcome::Stalled, _) => Err(engine_lost("its device has not copied a block in time").into()),
-            (Outcome::Severed, _) => Err(Error::new(ErrorCode::Deadline, UNREAD).into()),
+            (Outcome::Severed, _) => Err(Error::new(ErrorCode::PeerLost, UNREAD).into()),
             _ => Err(Error::new(ErrorCode::Deadline, "no prefill delivered in time").into()),
         }
     }

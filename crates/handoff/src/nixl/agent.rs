@@ -3,8 +3,8 @@
 //!
 //! A read has ended when NIXL says of each piece that it has succeeded, and at no other time. NIXL cannot stop one: what it
 //! calls cancelling leaves the copy under way, closing a connection waits for nothing, and of a read whose peer it was told to
-//! forget it says that it is not found without having looked. So a peer is forgotten only while nothing is being read from
-//! it, a piece that has not ended is asked for as long as it takes, and one that failed is lost: it may still be written.
+//! forget it says that it is not found without having looked. So a peer is forgotten only while nothing is being asked for that
+//! is read from it, a piece that has not ended is asked for as long as it takes, and one that failed is lost: it may still be written.
 
 use crate::{
     Error,
@@ -16,7 +16,7 @@ use nixl_sys::{
     XferDescList, XferOp, XferRequest, XferStatus,
 };
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     ffi::{c_int, c_void},
     mem,
     sync::{
@@ -24,7 +24,7 @@ use std::{
         mpsc::{self, Receiver, SendError, SyncSender, TryRecvError},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Reads that wait for the thread. More than the windows of all deliveries that a worker takes at once; then asking waits.
@@ -36,6 +36,8 @@ const PAUSE: Duration = Duration::from_micros(20);
 /// The library's own thread waits so long for a connection to have something for it, then looks by itself. By default it does
 /// not wait at all, and takes a whole core for as long as the agent lives.
 const DOZE: Duration = Duration::from_millis(1);
+/// Nothing is read from a peer for so long after a read was lost: every one that fails costs a block for good.
+const AFTER_LOSS: Duration = Duration::from_secs(60);
 const PLUGIN: &str = "UCX";
 const INSTALL: &str = "install NIXL (pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1) and start with \
     LD_LIBRARY_PATH=SITE/.nixl_cu12.mesonpy.libs:SITE/nixl_cu12.libs NIXL_PLUGIN_DIR=SITE/nixl_cu12.libs/nixl, SITE \
@@ -43,6 +45,8 @@ const INSTALL: &str = "install NIXL (pip install --no-deps nixl==1.5.1 nixl-cu12
 
 const STANDS_STILL: &str = "reads from it that took too long have not ended, and before they have no other begins; does that worker \
     stand still, or the way to it?";
+
+const FAILED: &str = "a read from it failed in the last minute, and each that fails costs a block";
 
 pub struct Nixl {
     origin: proto::Origin,
@@ -172,7 +176,8 @@ struct Watch {
     peers: VecDeque<String>,
     /// Nothing more is read from these before they are forgotten, which waits for what is being read from them.
     severed: HashSet<String>,
-    lost: bool,
+    /// When a read from whom was lost the last time.
+    lost: HashMap<String, Instant>,
     _region: Arc<Registered>,
 }
 
@@ -213,7 +218,7 @@ impl Watch {
             options,
             peers: VecDeque::new(),
             severed: HashSet::new(),
-            lost: false,
+            lost: HashMap::new(),
             _region: region,
         };
         Ok((watch, origin))
@@ -237,15 +242,15 @@ impl Watch {
     }
 
     fn end(self) {
-        if self.lost {
+        if !self.lost.is_empty() {
             mem::forget(self);
         }
     }
 
     fn begin(&mut self, origin: &proto::Origin, pieces: &[Piece], reply: Reply<()>) {
         let peer = origin.name.clone();
-        if self.severed.contains(&peer) {
-            let _ = reply.send(Err(unreachable(&peer, &STANDS_STILL)));
+        if let Some(why) = self.refuses(&peer) {
+            let _ = reply.send(Err(unreachable(&peer, &why)));
             return;
         }
         match self.prepare(origin, pieces) {
@@ -256,6 +261,12 @@ impl Watch {
                 self.severed.insert(peer);
             }
         }
+    }
+
+    fn refuses(&self, peer: &str) -> Option<&'static str> {
+        let failed = self.lost.get(peer).is_some_and(|at| at.elapsed() < AFTER_LOSS);
+        let stands_still = self.severed.contains(peer);
+        stands_still.then_some(STANDS_STILL).or(failed.then_some(FAILED))
     }
 
     /// An error does not say whether something was begun.
@@ -352,7 +363,7 @@ impl Watch {
     fn tell(&mut self, Flying { lost, peer, reply, .. }: Flying) {
         let ended = lost.map_or(Ok(()), |error| Err(KvError::Lost(format!("NIXL, from {peer}: {error}"))));
         if ended.is_err() {
-            self.lost = true;
+            self.lost.insert(peer.clone(), Instant::now());
             // NIXL wants the connection made anew after an error.
             self.severed.insert(peer);
         }
