@@ -130,6 +130,7 @@ impl Admission {
         self.running_limit - self.running.available_permits()
     }
 
+    #[cfg(test)]
     pub fn busy(&self) -> bool {
         self.running() > 0 || !self.lock().is_empty()
     }

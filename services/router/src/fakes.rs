@@ -30,7 +30,7 @@ use std::{
 };
 use tokio::{
     net::TcpListener,
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{Instant, interval, sleep, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -462,7 +462,7 @@ fn shared(config: Config) -> Shared {
         metrics,
         spans,
         draining: AtomicBool::new(false),
-        lives: Arc::default(),
+        lives: watch::Sender::new(()),
     }
 }
 

@@ -30,6 +30,7 @@ use std::{
     net::SocketAddr,
     sync::{Arc, atomic::AtomicBool},
 };
+use tokio::sync::watch;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -61,13 +62,13 @@ pub(crate) struct Shared {
     pub spans: telemetry::Spans,
     /// Stopping: no new requests.
     pub draining: AtomicBool,
-    /// Held by each request, to its last event.
-    pub lives: Arc<()>,
+    /// Has one receiver for each request, waiting or running, to its last event.
+    pub lives: watch::Sender<()>,
 }
 
 impl Shared {
     /// Whether somebody still waits for the end of an answer.
     pub fn lives(&self) -> bool {
-        Arc::strong_count(&self.lives) > 1
+        self.lives.receiver_count() > 0
     }
 }

@@ -307,7 +307,7 @@ impl<'a> View<'a> {
     fn in_reach(&self, decode: &Candidate) -> bool {
         let quarantined = decode.member.load.map_or(0, |load| load.blocks_quarantined);
         let blocks = blocks_total(decode.member).saturating_sub(quarantined);
-        self.wanted.pinned.is_some() || blocks_total(decode.member) == 0 || self.needed(decode) <= blocks
+        self.wanted.pinned.is_some() || self.needed(decode) <= blocks
     }
 
     fn open(&self, (prefill, decode): &Couple) -> bool {

@@ -20,7 +20,7 @@ use proto::{
 use std::{sync::Arc, time::Duration};
 use telemetry::{spans::Span, trace::TraceContext};
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{Instant, timeout, timeout_at},
 };
 
@@ -45,7 +45,7 @@ pub struct Life {
     arrival: Instant,
     /// How it ended.
     error: Option<String>,
-    _alive: Arc<()>,
+    _alive: watch::Receiver<()>,
 }
 
 /// A place that is ours: the decode worker has said so.
@@ -95,7 +95,7 @@ impl Life {
             migrations: 0,
             arrival,
             error: None,
-            _alive: shared.lives.clone(),
+            _alive: shared.lives.subscribe(),
             shared,
             client,
             trace,

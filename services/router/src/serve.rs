@@ -148,7 +148,16 @@ fn shared(config: Config, dial: Dial, registry: &mut Registry) -> Result<Shared,
     let channels = Channels::new(settings, dial);
     let admission = Admission::new(cluster.clone(), &config);
     let (metrics, draining) = (Metrics::new(registry), AtomicBool::new(false));
-    Ok(Shared { config, cluster, admission, channels, metrics, spans, draining, lives: Arc::default() })
+    Ok(Shared {
+        config,
+        cluster,
+        admission,
+        channels,
+        metrics,
+        spans,
+        draining,
+        lives: watch::Sender::new(()),
+    })
 }
 
 /// Where the membership comes from.
@@ -248,7 +257,7 @@ async fn drained(shared: &Shared, source: &Source, shutdown: impl Future<Output 
     shutdown.await;
     shared.draining.store(true, Ordering::Relaxed);
     let deadline = Instant::now() + ms(shared.config.drain_ms);
-    while (shared.admission.busy() || shared.lives()) && Instant::now() < deadline {
+    while shared.lives() && Instant::now() < deadline {
         sleep(Duration::from_millis(20)).await;
     }
     source.close();
